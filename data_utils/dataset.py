@@ -1,0 +1,207 @@
+"""From TASK_CONFIGS to training items."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .augment import Augmentation
+from .episodes import EpisodeCache, EpisodeSummary, check_episodes, find_all_hdf5, open_episode
+from .errors import DatasetError
+from .normalization import Moments, make_norm_stats, normalize_action, normalize_state
+
+SPLIT_SEED = 1  # the reference splits after seeding numpy with 1
+
+
+class EpisodicDataset(Dataset):
+    """Every frame of every episode is an item: what the robot saw there, and the action chunk that follows.
+
+    An item without `transform` (K cameras, S state and A action dimensions, T = `chunk_size`):
+        images (K, 3, h, w) uint8 RGB · state (S,) float32 normalised · action (T, A) float32 in [-1, 1] ·
+        is_pad (T,) bool, True beyond the episode's end · raw_lang str · reasoning str ("" without `use_reasoning`)
+
+    Args:
+        episode_paths: HDF5 files, layout in README.md. camera_names: K cameras, in the order the model sees them.
+        norm_stats: what `get_norm_stats` returns. image_size_stable: (width, height) every frame is resized to.
+        delta_control: actions become differences to the next row; the last real row becomes 0.
+        augment: random crop, rotation and colours, one draw per item.
+        transform: item -> what the collator takes, e.g. a `Qwen2VLAProcess`.
+        episode_lengths: frames per episode, if known; read from the files otherwise.
+    """
+
+    def __init__(
+        self,
+        episode_paths: list[str],
+        camera_names: list[str],
+        norm_stats: dict[str, np.ndarray],
+        chunk_size: int,
+        *,
+        image_size_stable: tuple[int, int] = (320, 240),
+        use_reasoning: bool = True,
+        delta_control: bool = False,
+        augment: bool = False,
+        transform: Callable[[dict], dict] | None = None,
+        episode_lengths: list[int] | None = None,
+    ):
+        self.episode_paths = [str(path) for path in episode_paths]
+        self.camera_names = list(camera_names)
+        self.norm_stats = {key: np.asarray(value) for key, value in norm_stats.items() if key != "example_qpos"}
+        self.chunk_size = chunk_size
+        self.image_size = tuple(image_size_stable)
+        self.use_reasoning = use_reasoning
+        self.delta_control = delta_control
+        self.augment = augment
+        self.transform = transform
+        self.episode_lengths = np.asarray(episode_lengths or [_length(path) for path in self.episode_paths])
+        self.episode_ends = self.episode_lengths.cumsum()
+        self.episodes = EpisodeCache()
+
+    def __len__(self) -> int:
+        return int(self.episode_ends[-1]) if len(self.episode_ends) else 0
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Item index -> (episode path, frame)."""
+        episode = int(np.searchsorted(self.episode_ends, index, side="right"))
+        start = self.episode_ends[episode] - self.episode_lengths[episode]
+        return self.episode_paths[episode], int(index - start)
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        path, t = self.locate(index % len(self))
+        episode = self.episodes[path]
+        frames = [cv2.resize(episode.frame(camera, t), self.image_size) for camera in self.camera_names]  # (h, w, 3)
+        if self.augment:
+            augmentation = Augmentation.draw()
+            frames = [augmentation(frame) for frame in frames]
+        action, is_pad = self._action_chunk(episode.action, t, episode.sim)
+        item = {
+            "images": torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2),  # (K, 3, h, w)
+            "state": torch.from_numpy(normalize_state(episode.qpos[t], self.norm_stats)),
+            "action": torch.from_numpy(normalize_action(action, self.norm_stats)),
+            "is_pad": torch.from_numpy(is_pad),
+            "raw_lang": episode.instruction,
+            "reasoning": episode.reasoning(t) if self.use_reasoning else "",
+        }
+        return self.transform(item) if self.transform else item
+
+    def _action_chunk(self, action: np.ndarray, t: int, sim: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Actions (N, A) of an episode -> the T rows from `t` on, zero-padded, and the padding mask (T,)."""
+        # A real robot records the command it is still executing, one step late
+        rows = action[t if sim else max(0, t - 1) :]
+        if self.delta_control:
+            rows = np.diff(rows, axis=0, append=rows[-1:])
+        rows = rows[: self.chunk_size]
+        chunk = np.zeros((self.chunk_size, action.shape[1]), dtype=np.float32)
+        chunk[: len(rows)] = rows
+        return chunk, np.arange(self.chunk_size) >= len(rows)
+
+
+def _length(path: str) -> int:
+    with open_episode(path) as file:
+        return len(file["action"])
+
+
+def get_norm_stats(episode_paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """Statistics over all frames of the episodes: mean, std (unbiased, >= 0.01), min and max of actions, mean and std
+    of qpos; float32 (D,). `example_qpos` is the last episode's."""
+    return _stats_of(check_episodes([str(path) for path in episode_paths]))
+
+
+def _stats_of(summaries: dict[str, EpisodeSummary]) -> dict[str, np.ndarray]:
+    def total(moments: list[Moments]) -> Moments:
+        return sum(moments[1:], start=moments[0])
+
+    last = list(summaries)[-1]
+    with open_episode(last) as file:
+        example_qpos = file["observations/qpos"][()]
+    return make_norm_stats(
+        total([summary.action for summary in summaries.values()]),
+        total([summary.qpos for summary in summaries.values()]),
+        example_qpos,
+    )
+
+
+@dataclass
+class SamplingPlan:
+    """What a sampler needs to know: frames of every training episode, its dataset_dir, and the weight of each of
+    those (None: every frame is as likely)."""
+
+    episode_lengths: list[int]
+    episode_sources: list[int]
+    sample_weights: list[float] | None
+
+
+def load_data(
+    dataset_dir: str | list[str],
+    name_filter: Callable[[str], bool] | None,
+    camera_names: list[str],
+    chunk_size: int,
+    *,
+    stats_dir: str | list[str] | None = None,
+    sample_weights: list[float] | None = None,
+    train_ratio: float = 0.999,
+    skip_mirrored_data: bool = False,
+    action_dim: int | None = None,
+    state_dim: int | None = None,
+    augment: bool = True,
+    transform: Callable[[dict], dict] | None = None,
+    show_progress: bool = True,
+    **dataset_options,
+) -> tuple[EpisodicDataset, EpisodicDataset | None, dict[str, np.ndarray], SamplingPlan]:
+    """Finds, checks and splits the episodes of a task.
+
+    The validation episodes are drawn from the first directory alone; the others are training data. `dataset_options`
+    go to `EpisodicDataset`.
+
+    Returns:
+        training set, validation set (None when the split leaves nothing for it), statistics, sampling plan.
+
+    Raises:
+        DatasetError: for a missing or empty directory, a broken episode, weights that do not fit the directories.
+    """
+    dirs = [dataset_dir] if isinstance(dataset_dir, (str, os.PathLike)) else list(dataset_dir)
+    stats_dirs = dirs if stats_dir is None else [stats_dir] if isinstance(stats_dir, (str, os.PathLike)) else stats_dir
+    if sample_weights is not None and (
+        len(sample_weights) != len(dirs) or min(sample_weights) < 0 or not sum(sample_weights)
+    ):
+        raise DatasetError(
+            f"sample_weights: expected {len(dirs)} non-negative numbers, one per dataset_dir, found {sample_weights}"
+        )
+
+    def episodes_in(folder: str) -> list[str]:
+        found = find_all_hdf5(folder, skip_mirrored_data)
+        paths = [path for path in found if name_filter is None or name_filter(path)]
+        if not paths:
+            raise DatasetError(f"dataset_dir {folder}: name_filter leaves none of its {len(found)} episodes")
+        return paths
+
+    paths_of = {folder: episodes_in(folder) for folder in dict.fromkeys([*dirs, *stats_dirs])}
+    first = paths_of[dirs[0]]
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(first))
+    num_train = max(1, int(train_ratio * len(first)))
+    validation = [first[i] for i in order[num_train:]]
+    train = [(first[i], 0) for i in order[:num_train]]
+    train += [(path, source) for source, folder in enumerate(dirs[1:], start=1) for path in paths_of[folder]]
+
+    use_reasoning = dataset_options.get("use_reasoning", True)
+    in_use = list(dict.fromkeys([path for path, _ in train] + validation))
+    summaries = check_episodes(in_use, camera_names, use_reasoning, action_dim, state_dim, show_progress)
+    stats_paths = list(dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder]))
+    others = check_episodes([path for path in stats_paths if path not in summaries], show_progress=show_progress)
+    stats = _stats_of({path: (summaries | others)[path] for path in stats_paths})
+
+    def dataset(paths: list[str], augment: bool) -> EpisodicDataset:
+        lengths = [summaries[path].length for path in paths]
+        return EpisodicDataset(
+            paths, camera_names, stats, chunk_size,
+            augment=augment, transform=transform, episode_lengths=lengths, **dataset_options,
+        )  # fmt: skip
+
+    train_set = dataset([path for path, _ in train], augment)
+    plan = SamplingPlan(train_set.episode_lengths.tolist(), [source for _, source in train], sample_weights)
+    return train_set, dataset(validation, False) if validation else None, stats, plan

@@ -1,0 +1,59 @@
+"""Which frames a training epoch sees, and in which order."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from .dataset import SamplingPlan
+
+
+class EpisodeSampler(Sampler[int]):
+    """Draws as many frames per epoch as there are, a pure function of (seed, epoch), equal on every rank.
+
+    Without weights and without `episode_first` it is a permutation of all frames. Otherwise it draws with replacement:
+    a dataset_dir by its weight, then one of its frames; `episode_first` draws an episode before the frame, so that
+    short episodes count as much as long ones.
+
+    Args:
+        plan: what `load_data` returns. episode_first: see above. seed: of the whole run.
+    """
+
+    def __init__(self, plan: SamplingPlan, *, episode_first: bool = False, seed: int = 0):
+        self.plan = plan
+        self.episode_first = episode_first
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.plan.episode_lengths)
+
+    def episode_probabilities(self) -> torch.Tensor:
+        """Probability (E,) float64 of each training episode in one draw."""
+        sizes = torch.tensor(self.plan.episode_lengths, dtype=torch.float64)  # (E,)
+        if self.episode_first:
+            sizes = torch.ones_like(sizes)
+        if self.plan.sample_weights is None:
+            return sizes / sizes.sum()
+        sources = torch.tensor(self.plan.episode_sources)  # (E,)
+        weights = torch.tensor(self.plan.sample_weights, dtype=torch.float64)  # (dataset_dirs,)
+        per_source = torch.zeros_like(weights).index_add_(0, sources, sizes)
+        probabilities = weights[sources] * sizes / per_source[sources]
+        return probabilities / probabilities.sum()
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        count = len(self)
+        if self.plan.sample_weights is None and not self.episode_first:
+            yield from torch.randperm(count, generator=generator).tolist()
+            return
+        lengths = torch.tensor(self.plan.episode_lengths)  # (E,)
+        starts = lengths.cumsum(0) - lengths
+        cumulative = self.episode_probabilities().cumsum(0)
+        uniform = torch.rand(2, count, generator=generator, dtype=torch.float64)
+        episodes = torch.searchsorted(cumulative, uniform[0] * cumulative[-1], right=True).clamp(max=len(lengths) - 1)
+        frames = (uniform[1] * lengths[episodes]).long()  # (count,)
+        yield from (starts[episodes] + frames).tolist()

@@ -1,0 +1,125 @@
+"""ScaleDP: a diffusion transformer over an action chunk, conditioned through adaLN-Zero.
+
+Sources: Scalable Diffusion Models with Transformers (Peebles & Xie, arXiv 2212.09748), ScaleDP (arXiv 2409.14411) and
+DexVLA (arXiv 2502.05855). Parameter names are those of the released weights.
+"""
+
+import math
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_scaledp import ScaleDPPolicyConfig
+from .diffusion import DiffusionPolicyHead, ZeroLinear
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x` (B, T, W) scaled and shifted by one vector (B, W) per sample."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def sinusoidal(t: Tensor, dim: int) -> Tensor:
+        """Diffusion steps (B,) -> (B, dim) bf16: cosines, then sines, of `dim // 2` frequencies."""
+        half = dim // 2
+        # bf16 on purpose, frequencies and result: the released weights were trained with what this rounding yields
+        steps = torch.arange(half, dtype=torch.bfloat16, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / half)  # (B, half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).bfloat16()
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, W)
+        return self.mlp(self.sinusoidal(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+class ScaleDPBlock(GradientCheckpointingLayer):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, T, W) action tokens, c (B, W) condition -> (B, T, W)."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, output_dim: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = ZeroLinear(width, output_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, T, W), (B, W) -> (B, T, A)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class ScaleDP(DiffusionPolicyHead):
+    config_class = ScaleDPPolicyConfig
+    _no_split_modules = ["ScaleDPBlock"]
+
+    def __init__(self, config: ScaleDPPolicyConfig):
+        super().__init__(config)
+        width, cond_dim = config.n_emb, config.cond_dim
+        self.combine = nn.Sequential(
+            nn.Linear(cond_dim + config.state_dim, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, cond_dim),
+        )
+        self.x_embedder = nn.Linear(config.input_dim, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.cond_obs_emb = nn.Linear(cond_dim, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.prediction_horizon, width))
+        self.blocks = nn.ModuleList(
+            ScaleDPBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, config.output_dim)
+        if config.is_tinyvla:
+            self.norm_after_pool = nn.LayerNorm(cond_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        # As DiT: xavier for the blocks, N(0, 0.02) for the embeddings, zero for whatever gates a residual branch,
+        # so that an untrained head predicts zero noise and every block is the identity.
+        if isinstance(module, ZeroLinear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, ScaleDP):
+            nn.init.normal_(module.pos_embed, std=0.02)
+            nn.init.normal_(module.t_embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(module.t_embedder.mlp[2].weight, std=0.02)
+            nn.init.normal_(module.cond_obs_emb.weight, std=0.02)
+
+    def predict_noise(self, x: Tensor, t: Tensor, hidden_states: Tensor, states: Tensor) -> Tensor:
+        dtype = self.pos_embed.dtype
+        cond = hidden_states.to(dtype).mean(dim=1)  # (B, L, D) -> (B, D); L is 1 unless TinyVLA
+        if self.config.is_tinyvla:
+            cond = self.norm_after_pool(cond)
+        cond = self.combine(torch.cat([cond, states.to(cond.dtype)], dim=-1))  # (B, D)
+        c = self.t_embedder(t) + self.cond_obs_emb(cond)  # (B, W)
+        x = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, T, W)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)  # (B, T, A)

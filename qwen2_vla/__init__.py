@@ -1,0 +1,14 @@
+from . import environment  # noqa: F401  first: it prepares what the others import
+from .configuration_qwen2_vla import Qwen2VLAConfig
+from .modeling_qwen2_vla import Qwen2VLForConditionalGenerationForVLA
+from .policy import Qwen2VLAPolicy
+from .processing_qwen2_vla import Qwen2VLAProcess
+from .trainer import QWen2VLATrainer
+
+__all__ = [
+    "QWen2VLATrainer",
+    "Qwen2VLAConfig",
+    "Qwen2VLAPolicy",
+    "Qwen2VLAProcess",
+    "Qwen2VLForConditionalGenerationForVLA",
+]

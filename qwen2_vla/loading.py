@@ -1,0 +1,286 @@
+"""From a folder to a model ready to be trained: configuration, weights, stage-1 head, frozen parts, adapters."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
+
+from data_utils.errors import UserError
+from policy_heads import SCALEDP_SIZES, DiffusionPolicyHead
+
+from .configuration_qwen2_vla import Qwen2VLAConfig
+from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What a stage-1 head may lack: these layers belong to a robot or to the language model it did not have
+STAGE1_OPTIONAL = ("combine.", "cond_obs_emb.", "x_embedder.", "final_layer.linear.", "norm_after_pool.")
+
+
+def check_model_folder(folder: str | None):
+    """Raises UserError unless `folder` holds configuration, weights and processor (or may be a name on the hub)."""
+    if not folder:
+        raise UserError("--model_name_or_path: expected a folder with Qwen2-VL or a DexVLA checkpoint, found nothing")
+    path = Path(folder)
+    if not path.is_dir():
+        if path.is_absolute() or folder.count("/") != 1 or folder.startswith("."):
+            raise UserError(f"--model_name_or_path: expected a folder, found none at {folder}")
+        return
+    for what, patterns in {
+        "configuration (config.json)": ["config.json"],
+        "weights (*.safetensors or pytorch_model*.bin)": ["*.safetensors", "pytorch_model*.bin"],
+        "processor (preprocessor_config.json or processor_config.json)": ["*processor_config.json"],
+        "tokenizer (tokenizer.json, or vocab.json and merges.txt)": ["tokenizer.json", "vocab.json"],
+    }.items():
+        if not any(any(path.glob(pattern)) for pattern in patterns):
+            raise UserError(f"--model_name_or_path {folder}: expected {what}, found none")
+
+
+def load_processor(folder: str) -> ProcessorMixin:
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {folder}: expected a Qwen2-VL processor, found {error}") from error
+
+
+def build_config(
+    folder: str,
+    *,
+    head_type: str = "scale_dp_policy",
+    head_size: str | None = None,
+    depth: int | None = None,
+    width: int | None = None,
+    num_heads: int | None = None,
+    chunk_size: int = 16,
+    action_dim: int = 14,
+    state_dim: int = 14,
+    noise_samples: int = 1,
+    is_tinyvla: bool = False,
+    using_film: bool = True,
+    llm_loss_weight: float = 1.0,
+    data_config: dict | None = None,
+) -> Qwen2VLAConfig:
+    """The configuration in `folder`, with a policy head as asked for; a head that is there already must be like it.
+
+    Raises:
+        UserError: for an unknown head or size, or naming each setting in which folder and flags differ.
+    """
+    try:
+        config = Qwen2VLAConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {folder}: expected a Qwen2-VL config.json, found {error}") from error
+    head = {"model_type": head_type, "action_dim": action_dim, "state_dim": state_dim, "noise_samples": noise_samples}
+    dim, present = config.text_config.hidden_size, config.policy_head_config
+    head["prediction_horizon"] = chunk_size
+    if head_type == "scale_dp_policy":
+        if head_size is not None and head_size not in SCALEDP_SIZES:
+            raise UserError(f"--policy_head_size: expected one of {', '.join(SCALEDP_SIZES)}, found {head_size}")
+        head |= {"cond_dim": dim, "is_tinyvla": is_tinyvla, "depth": depth, "n_emb": width, "num_heads": num_heads}
+        if head_size is None and present is not None and present.model_type == head_type:
+            same = {key: getattr(present, key) for key in ("depth", "n_emb", "num_heads")}
+            head |= {key: value for key, value in same.items() if head[key] is None}
+            head["mlp_ratio"] = present.mlp_ratio
+        named = config.policy_head_size if config.policy_head_size in SCALEDP_SIZES else "ScaleDP_H"
+        head["model_size"] = head_size or named
+    elif head_type == "unet_diffusion_policy":
+        head |= {"global_cond_dim": dim}
+        if present is not None and present.model_type == head_type:
+            keys = ("down_dims", "kernel_size", "n_groups", "diffusion_step_embed_dim")
+            head |= {key: getattr(present, key) for key in keys}
+    else:
+        raise UserError(f"--policy_head_type: expected scale_dp_policy or unet_diffusion_policy, found {head_type}")
+
+    had_film = config.using_film
+    try:
+        config.policy_head_config = head
+    except ValueError as error:
+        raise UserError(f"policy head: {error}") from error
+    config.policy_head_type, config.using_film = head_type, using_film
+    config.policy_head_size = head.get("model_size")
+    config.llm_loss_weight, config.data_config = llm_loss_weight, data_config
+    if not using_film and head_type == "scale_dp_policy" and not is_tinyvla:
+        raise UserError(
+            "--using_film False: expected --is_tinyvla True too, or --policy_head_type unet_diffusion_policy"
+        )
+    if present is not None:
+        _check_same_head(folder, present, config.policy_head_config, had_film, using_film)
+    return config
+
+
+def _check_same_head(folder: str, present, wanted, had_film: bool, using_film: bool):
+    flags = {
+        "model_type": "--policy_head_type",
+        "depth": "--policy_head_size",
+        "n_emb": "--policy_head_size",
+        "num_heads": "--policy_head_size",
+        "prediction_horizon": "--chunk_size",
+        "input_dim": "--action_dim",
+        "state_dim": "--state_dim",
+        "is_tinyvla": "--is_tinyvla",
+    }
+    differences = [
+        f"{name} {getattr(present, name, None)} (asked for: {getattr(wanted, name, None)}, {flag})"
+        for name, flag in flags.items()
+        if getattr(present, name, None) != getattr(wanted, name, None)
+    ]
+    if had_film != using_film:
+        differences.append(f"using_film {had_film} (asked for: {using_film}, --using_film)")
+    if differences:
+        raise UserError(f"--model_name_or_path {folder} holds a policy head with {', '.join(differences)}")
+
+
+def check_requirements(*, lora: bool, bits: int):
+    """Raises UserError when adapters or quantisation are asked for and their package is missing."""
+    for needed, package, flag in ((lora, "peft", "--lora_enable"), (bits < 16, "bitsandbytes", f"--bits {bits}")):
+        if needed and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag}: expected the package {package}, found it not installed (pip install {package})")
+
+
+def choose_attention(flash_attn: bool) -> str:
+    """The attention implementation, and a line if it is not the one asked for."""
+    if flash_attn and (is_flash_attn_2_available() or is_torch_npu_available()):
+        return "flash_attention_2"
+    if flash_attn:
+        print("--flash_attn True: the package flash_attn is not installed, PyTorch's SDPA takes its place")
+    return "sdpa"
+
+
+def load_model(
+    folder: str,
+    config: Qwen2VLAConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    bits: int = 16,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device | None = None,
+) -> Qwen2VLForConditionalGenerationForVLA:
+    """Loads weights in `dtype`: fp32 for training, since a bf16 parameter does not move under a learning rate of 2e-5.
+
+    A folder with LoRA adapters is merged into its base. With `bits` 4 or 8 the backbone's Linear layers are quantised.
+    """
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if config is not None:
+        options["config"] = config
+    if bits < 16:
+        options["device_map"] = {"": device or "cpu"}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            llm_int8_skip_modules=[*VLA_MODULES, "lm_head"],
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_quant_type=quant_type,
+        )
+    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        return Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
+    from peft import PeftConfig, PeftModel
+
+    options.setdefault("config", Qwen2VLAConfig.from_pretrained(folder))
+    base = Qwen2VLForConditionalGenerationForVLA.from_pretrained(
+        PeftConfig.from_pretrained(folder).base_model_name_or_path, **options
+    )
+    return PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+
+def load_stage1_head(head: DiffusionPolicyHead, path: str) -> str:
+    """Loads stage-1 weights, `.ckpt` (`nets.nets`) or `.safetensors`, into the policy head.
+
+    Returns:
+        a line that says how many tensors were taken, dropped and left at their initial value.
+
+    Raises:
+        UserError: for an unreadable file, or naming the shapes when depth, width or horizon do not fit.
+    """
+    stored = _read_stage1(path)
+    found = {
+        name.removeprefix("noise_pred_net."): tensor
+        for name, tensor in stored.items()
+        if "noise_pred" in name and "cond_obs_emb" not in name
+    }
+    own = head.state_dict()
+    wrong = [
+        f"{name}: expected {tuple(own[name].shape) if name in own else 'no such tensor'}, found {tuple(tensor.shape)}"
+        for name, tensor in found.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    wrong += [
+        f"{name}: expected {tuple(tensor.shape)}, found nothing"
+        for name, tensor in own.items()
+        if name not in found and not name.startswith(STAGE1_OPTIONAL)
+    ]
+    if wrong:
+        raise UserError(
+            f"--pretrain_dit_path {path} does not fit the policy head ({len(wrong)} tensors). Is --policy_head_size or "
+            f"--chunk_size another one? {'; '.join(wrong[:4])}"
+        )
+    head.load_state_dict(found, strict=False)
+    return (
+        f"stage-1 head {path}: {len(found)} tensors taken, {len(stored) - len(found)} dropped, "
+        f"{len(own) - len(found)} left at their initial value"
+    )
+
+
+def _read_stage1(path: str) -> dict[str, torch.Tensor]:
+    if not os.path.isfile(path):
+        raise UserError(f"--pretrain_dit_path: expected a .ckpt or .safetensors file, found none at {path}")
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything from EOFError to UnpicklingError
+        raise UserError(f"--pretrain_dit_path {path}: expected a file of tensors, found {error}") from error
+    for _ in range(2):
+        stored = stored.get("nets", {}) if isinstance(stored, dict) else {}
+    if not stored:
+        raise UserError(f"--pretrain_dit_path {path}: expected weights under ['nets']['nets'], found none")
+    return stored
+
+
+def freeze(model: Qwen2VLForConditionalGenerationForVLA, *, backbone: bool = False, vision_tower: bool = False):
+    """Freezes the whole Qwen2-VL or its vision tower. Policy head and fusion always train."""
+    if backbone:
+        model.model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    if vision_tower:
+        model.model.visual.requires_grad_(False)
+    if not model.config.using_film:
+        model.input_action_proj.requires_grad_(False)  # part of the format, but unused without FiLM
+
+
+def lora_targets(model: nn.Module, modules: list[str]) -> list[str]:
+    """Names of the Linear layers that `--lora_module` means: the blocks of "vit" and "llm", all of "di_head"."""
+    prefixes = {"vit": "model.visual.blocks.", "llm": "model.language_model.layers.", "di_head": "policy_head."}
+    wanted = tuple(prefixes[module] for module in modules)
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name.startswith(wanted)]
+
+
+def add_lora(
+    model: Qwen2VLForConditionalGenerationForVLA,
+    modules: list[str],
+    *,
+    r: int = 64,
+    alpha: int = 256,
+    dropout: float = 0.05,
+    bias: str = "none",
+) -> PreTrainedModel:
+    """Wraps the model in LoRA adapters (Hu et al., arXiv 2106.09685); head and fusion stay fully trained and are saved
+    with the adapters, unless "di_head" has the head adapted too."""
+    from peft import LoraConfig, get_peft_model
+
+    present = [name for name in VLA_MODULES if hasattr(model, name)]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,
+        target_modules=lora_targets(model, modules),
+        modules_to_save=[name for name in present if name != "policy_head" or "di_head" not in modules],
+    )
+    return get_peft_model(model, config)

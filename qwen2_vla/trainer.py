@@ -1,0 +1,94 @@
+from contextlib import contextmanager
+
+import torch
+from transformers import Trainer
+
+from data_utils import EpisodeSampler, SamplingPlan, save_stats
+
+from .modeling_qwen2_vla import VLA_MODULES
+
+EXTRA_LOSSES = ("llm_loss", "action_loss")
+
+
+class QWen2VLATrainer(Trainer):
+    """transformers' Trainer plus what DexVLA needs: both losses in the log, the head's own learning rate, weighted or
+    episode-first sampling, and the dataset's statistics in every checkpoint.
+
+    Args:
+        sampling_plan: what `load_data` returns; None samples every frame once per epoch.
+        norm_stats: statistics to save with each checkpoint.
+    """
+
+    def __init__(self, *args, sampling_plan: SamplingPlan | None = None, norm_stats: dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampling_plan = sampling_plan
+        self.norm_stats = norm_stats
+        # sums over samples of each extra loss, then the number of samples: (len(EXTRA_LOSSES) + 1,)
+        self._loss_sums = {mode: self._zeros() for mode in ("train", "eval")}
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(len(EXTRA_LOSSES) + 1, device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # Stays on the device; it is read when something is logged
+        losses = torch.stack(
+            [outputs[name].detach().float() for name in EXTRA_LOSSES] + [torch.ones_like(loss.detach())]
+        )
+        self._loss_sums["train" if model.training else "eval"] += losses.float() * len(inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _take_losses(self, mode: str, prefix: str = "") -> dict[str, float]:
+        """Means over all ranks since the last call."""
+        sums = self.accelerator.reduce(self._loss_sums[mode], reduction="sum").tolist()
+        self._loss_sums[mode] = self._zeros()
+        return {prefix + name: value / sums[-1] for name, value in zip(EXTRA_LOSSES, sums)} if sums[-1] else {}
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs:
+            logs = {"loss": logs.pop("loss"), **self._take_losses("train"), **logs}
+        super().log(logs, *args, **kwargs)
+
+    @contextmanager
+    def _fixed_noise(self):
+        """Every evaluation draws the same noise, so that its losses compare; training's random state is kept."""
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+            torch.manual_seed(self.args.seed)
+            yield
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        with self._fixed_noise():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._take_losses("eval", f"{metric_key_prefix}_"))
+        return output
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.non_lora_lr is not None:
+            head = {
+                id(p)
+                for name, p in self.model.named_parameters()
+                if any(module in name for module in VLA_MODULES) and "lora_" not in name
+            }
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in head]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in head]
+                    optimizer.param_groups.append({**group, "params": own, "lr": self.args.non_lora_lr})
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.sampling_plan is None:
+            return super()._get_train_sampler(train_dataset)
+        return EpisodeSampler(self.sampling_plan, episode_first=self.args.episode_first, seed=self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            if hasattr(self.model, "peft_config"):  # adapters alone do not say what they adapt
+                self.model.get_base_model().config.save_pretrained(folder)
+            if self.norm_stats is not None:
+                save_stats(self.norm_stats, folder)

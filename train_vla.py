@@ -1,0 +1,244 @@
+"""Trains a DexVLA: stage 2 from Qwen2-VL and a stage-1 head, stage 3 from a stage-2 checkpoint.
+
+The scripts in scripts/ call it with their settings; README.md lists the flags.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import qwen2_vla.environment  # noqa: F401  before the libraries it prepares
+from aloha_scripts.constants import TASK_CONFIGS
+from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data
+from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer
+from qwen2_vla.arguments import (
+    ActionHeadArguments,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    legacy_notes,
+    parse_arguments,
+)
+from qwen2_vla.ema import EMACallback
+from qwen2_vla.loading import (
+    add_lora,
+    build_config,
+    check_model_folder,
+    check_requirements,
+    choose_attention,
+    freeze,
+    load_model,
+    load_processor,
+    load_stage1_head,
+)
+
+
+def main(argv: list[str] | None = None):
+    model_args, data_args, training_args, head_args = parse_arguments(argv)
+
+    def say(line: str):
+        if training_args.process_index == 0:
+            print(line, flush=True)
+
+    for note in legacy_notes(model_args):
+        say(note)
+
+    # Everything that can be wrong with the input shows here, before any weight is loaded
+    task = get_task(data_args.task_name)
+    resume_from = find_checkpoint(training_args)
+    folder = model_args.model_pretrain if training_args.load_pretrain else model_args.model_name_or_path
+    check_model_folder(folder)
+    check_requirements(lora=training_args.lora_enable, bits=training_args.bits)
+    processor = load_processor(folder)
+    train_set, validation_set, stats, sampling_plan = prepare_data(task, data_args, head_args, training_args, processor)
+    config = prepare_config(folder, task, stats, model_args, data_args, training_args, head_args)
+    check_same_run(resume_from, config)
+    say(
+        f"task {data_args.task_name}: {len(train_set.episode_paths)} training episodes with {len(train_set)} frames, "
+        f"{len(validation_set.episode_paths) if validation_set else 0} validation episodes"
+    )
+
+    set_seed(training_args.seed)
+    model = prepare_model(folder, config, model_args, training_args, resume_from, say)
+    trainer = QWen2VLATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        data_collator=Qwen2VLADataCollatorForSupervisedDataset(pad_token_id=processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        sampling_plan=sampling_plan,
+        norm_stats=stats,
+        callbacks=[EMACallback()] if training_args.using_ema else None,
+    )
+    result = trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    say(f"saved to {training_args.output_dir}")
+
+
+def get_task(name: str | None) -> dict:
+    if name not in TASK_CONFIGS:
+        raise UserError(f"--task_name: expected one of {', '.join(sorted(TASK_CONFIGS))}, found {name}")
+    task = TASK_CONFIGS[name]
+    missing = [key for key in ("dataset_dir", "episode_len", "camera_names") if key not in task]
+    if missing:
+        raise UserError(f"TASK_CONFIGS[{name!r}]: expected {', '.join(missing)}, found only {', '.join(task)}")
+    return task
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from. A folder with checkpoints is only trained into when that was asked for."""
+    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    resume = args.resume_from_checkpoint
+    if not resume:
+        if newest:
+            raise UserError(
+                f"--output_dir {args.output_dir}: expected no checkpoints of another run, found {Path(newest).name}; "
+                "go on from it with --resume_from_checkpoint True, or choose another folder"
+            )
+        return None
+    if resume is True:
+        if newest is None and args.process_index == 0:
+            print(f"--resume_from_checkpoint True: no checkpoint in {args.output_dir} yet, training starts anew")
+        return newest
+    if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+        raise UserError(f"--resume_from_checkpoint: expected True or a checkpoint's folder, found {resume}")
+    return resume
+
+
+def prepare_data(
+    task: dict,
+    data_args: DataArguments,
+    head_args: ActionHeadArguments,
+    training_args: TrainingArguments,
+    processor,
+):
+    transform = Qwen2VLAProcess(
+        processor,
+        task["camera_names"],
+        image_size_wrist=data_args.image_size_wrist,
+        use_reasoning=data_args.use_reasoning,
+    )
+    train_set, validation_set, stats, plan = load_data(
+        task["dataset_dir"],
+        task.get("name_filter"),
+        task["camera_names"],
+        data_args.chunk_size,
+        stats_dir=task.get("stats_dir"),
+        sample_weights=task.get("sample_weights"),
+        train_ratio=task.get("train_ratio", 0.999),
+        skip_mirrored_data=data_args.skip_mirrored_data,
+        action_dim=head_args.action_dim,
+        state_dim=head_args.state_dim,
+        augment=data_args.augment,
+        transform=transform,
+        show_progress=training_args.process_index == 0,
+        image_size_stable=data_args.image_size_stable,
+        use_reasoning=data_args.use_reasoning,
+        delta_control=data_args.delta_control,
+    )
+    if validation_set is None and training_args.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {training_args.eval_strategy}: expected validation episodes, found none: "
+            f"lower train_ratio ({task.get('train_ratio', 0.999)}) or add episodes to the first dataset_dir"
+        )
+    training_args.episode_first = data_args.episode_first
+    return train_set, validation_set, stats, plan
+
+
+def prepare_config(
+    folder: str,
+    task: dict,
+    stats: dict,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    head_args: ActionHeadArguments,
+) -> Qwen2VLAConfig:
+    return build_config(
+        folder,
+        head_type=head_args.policy_head_type,
+        head_size=head_args.policy_head_size,
+        depth=head_args.policy_head_depth,
+        width=head_args.policy_head_width,
+        num_heads=head_args.policy_head_heads,
+        chunk_size=data_args.chunk_size,
+        action_dim=len(stats["action_mean"]),
+        state_dim=len(stats["qpos_mean"]),
+        noise_samples=head_args.noise_samples,
+        is_tinyvla=model_args.is_tinyvla,
+        using_film=model_args.using_film,
+        llm_loss_weight=training_args.llm_loss_weight,
+        data_config={
+            "task_name": data_args.task_name,
+            "camera_names": list(task["camera_names"]),
+            "image_size_stable": list(data_args.image_size_stable),
+            "image_size_wrist": list(data_args.image_size_wrist),
+            "use_reasoning": data_args.use_reasoning,
+            "delta_control": data_args.delta_control,
+        },
+    )
+
+
+def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig):
+    """A checkpoint of another task, or prepared otherwise, is another run's."""
+    if checkpoint is None:
+        return
+    before = Qwen2VLAConfig.from_pretrained(checkpoint).data_config or {}
+    differences = [
+        f"{key} {before.get(key)} (asked for: {value})"
+        for key, value in config.data_config.items()
+        if before.get(key) != value
+    ]
+    if differences:
+        raise UserError(f"--resume_from_checkpoint: {checkpoint} is another run's: {', '.join(differences)}")
+
+
+def prepare_model(
+    folder: str,
+    config: Qwen2VLAConfig,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    resume_from: str | None,
+    say,
+) -> torch.nn.Module:
+    model = load_model(
+        folder,
+        config,
+        attn_implementation=choose_attention(training_args.flash_attn),
+        bits=training_args.bits,
+        quant_type=training_args.quant_type,
+        double_quant=training_args.double_quant,
+        device=training_args.device,
+    )
+    if model_args.load_pretrain_dit and resume_from is None:
+        if not model_args.pretrain_dit_path:
+            raise UserError("--load_pretrain_dit True: expected --pretrain_dit_path too, found none")
+        say(load_stage1_head(model.policy_head, model_args.pretrain_dit_path))
+    freeze(model, backbone=training_args.freeze_backbone, vision_tower=training_args.freeze_vision_tower)
+    if training_args.lora_enable:
+        model = add_lora(
+            model,
+            training_args.lora_modules,
+            r=training_args.lora_r,
+            alpha=training_args.lora_alpha,
+            dropout=training_args.lora_dropout,
+            bias=training_args.lora_bias,
+        )
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    say(f"{total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained")
+    return model
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        # every rank finds the same mistake, one of them says it
+        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
