@@ -6,11 +6,13 @@ The scripts in scripts/ call it with their settings; README.md lists the flags.
 import os
 from pathlib import Path
 
+import qwen2_vla.environment  # noqa: F401  before the libraries that it prepares
+
+# isort: split
 import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import qwen2_vla.environment  # noqa: F401  before the libraries it prepares
 from aloha_scripts.constants import TASK_CONFIGS
 from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer

@@ -1,4 +1,6 @@
-from . import environment  # noqa: F401  first: it prepares what the others import
+from . import environment  # noqa: F401  before the libraries that it prepares
+
+# isort: split
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .modeling_qwen2_vla import Qwen2VLForConditionalGenerationForVLA
 from .policy import Qwen2VLAPolicy

@@ -161,8 +161,10 @@ class TrainingArguments(transformers.TrainingArguments):
             # started as plain `python train_vla.py`: without these DeepSpeed looks for MPI
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.setdefault("MASTER_PORT", "29604")
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.activation_checkpointing is None:  # transformers' new name for it; the old one warns
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
         super().__post_init__()
         unknown = set(self.lora_modules) - {"vit", "llm", "di_head"}
         if unknown or not self.lora_modules:

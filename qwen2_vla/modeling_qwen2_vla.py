@@ -52,7 +52,7 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         if head is None:
             raise ValueError(
                 "this configuration describes a Qwen2-VL without a policy head: expected `policy_head_config`, e.g. "
-                "from_pretrained(folder, policy_head_config={'model_type': 'scale_dp_policy', 'model_size': 'ScaleDP_H', …})"
+                "from_pretrained(folder, policy_head_config={'model_type': 'scale_dp_policy', …})"
             )
         if not config.using_film and head.model_type == "scale_dp_policy" and not head.is_tinyvla:
             raise ValueError(
@@ -98,11 +98,12 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 "the fusion start from their initialisation"
             )
             missing -= added
-        if missing or unexpected:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not fit this model: {len(missing)} weights missing "
-                f"({', '.join(sorted(missing)[:5])}), {len(unexpected)} unexpected ({', '.join(sorted(unexpected)[:5])})"
-            )
+        for what, names in (("missing", missing), ("unexpected", unexpected)):
+            if names:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} does not fit this model: {len(names)} weights are {what}: "
+                    f"{', '.join(sorted(names)[:5])}"
+                )
         return (model, info) if output_loading_info else model
 
     def _token_types(self, input_ids: Tensor, mm_token_type_ids: Tensor | None) -> Tensor:
@@ -270,8 +271,8 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                     max_new_tokens=max_new_tokens,
                     eos_token_id=end,
                     pad_token_id=tokenizer.pad_token_id,
+                    return_dict_in_generate=True,
                 ),
-                return_dict_in_generate=True,
             )
             generated = out.sequences[:, inputs["input_ids"].shape[1] :]  # (B, N)
             if generated.shape[1] == 1:  # nothing was fed back yet: one more step yields the state of the only token

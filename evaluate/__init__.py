@@ -1,0 +1,1 @@
+"""From a checkpoint to pictures and numbers (not the HuggingFace library of this name)."""
