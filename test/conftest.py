@@ -1,0 +1,60 @@
+import os
+
+import pytest
+import torch
+
+import qwen2_vla.environment  # noqa: F401  before the libraries that it prepares
+
+# isort: split
+from transformers import AutoProcessor, logging
+
+from qwen2_vla import Qwen2VLForConditionalGenerationForVLA
+from qwen2_vla.tiny import write_tiny_model
+
+from .helpers import GOLDEN, write_episode
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return AutoProcessor.from_pretrained(GOLDEN / "checkpoint")
+
+
+@pytest.fixture
+def model():
+    """The oracle's model in fp32, fresh."""
+    return Qwen2VLForConditionalGenerationForVLA.from_pretrained(GOLDEN / "checkpoint", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """Folder of a tiny plain Qwen2-VL."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """Name of a registered task with four small episodes, one of them for validation."""
+    from aloha_scripts.constants import TASK_CONFIGS
+
+    folder = tmp_path_factory.mktemp("episodes")
+    for i in range(4):
+        write_episode(folder / f"episode_{i}.hdf5", seed=i, jpeg=i % 2 == 1)
+    TASK_CONFIGS["test_task"] = {
+        "dataset_dir": str(folder),
+        "episode_len": 12,
+        "camera_names": ["cam_high", "cam_left_wrist", "cam_right_wrist"],
+        "train_ratio": 0.75,
+    }
+    yield "test_task"
+    del TASK_CONFIGS["test_task"]
