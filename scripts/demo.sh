@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 TASK=sim_transfer_cube_scripted
 OUT=outputs/demo
-STEPS=${STEPS:-200}
+STEPS=${STEPS:-300}
 
 step() { printf '\n==> %s\n' "$*"; }
 
@@ -26,9 +26,10 @@ train() { # train SCRIPT MODEL NAME: the same scripts as for the real model, wit
         return
     fi
     bash "scripts/$1" MNOP="$2" TASKNAME="$TASK" OUTPUT="$OUT/$3" NUM_DEVICES=1 \
-        --max_steps "$STEPS" --per_device_train_batch_size 8 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-        --save_steps "$((STEPS / 2))" --eval_strategy steps --eval_steps "$((STEPS / 4))" --logging_steps 10 \
-        --gradient_checkpointing False --flash_attn False --dataloader_num_workers 1 --resume_from_checkpoint True
+        --max_steps "$STEPS" --per_device_train_batch_size 16 --learning_rate 1e-3 --warmup_ratio 0.05 --chunk_size 16 \
+        --image_size_stable "(112,84)" --image_size_wrist "(112,84)" --gradient_checkpointing False --flash_attn False \
+        --logging_steps 10 --save_steps "$((STEPS / 2))" --eval_strategy steps --eval_steps "$((STEPS / 4))" \
+        --dataloader_num_workers 1 --resume_from_checkpoint True
 }
 
 step "4/6 stage 2 ($OUT/stage2)"
