@@ -175,7 +175,8 @@ def load_data(
 
     def episodes_in(folder: str) -> list[str]:
         found = find_all_hdf5(folder, skip_mirrored_data)
-        paths = [path for path in found if name_filter is None or name_filter(path)]
+        keep_all = name_filter is None or folder not in dirs  # a stats_dir of its own is taken whole
+        paths = [path for path in found if keep_all or name_filter(path)]
         if not paths:
             raise DatasetError(f"dataset_dir {folder}: name_filter leaves none of its {len(found)} episodes")
         return paths
