@@ -4,6 +4,7 @@ The scripts in scripts/ call it with their settings; README.md lists the flags.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import qwen2_vla.environment  # noqa: F401  before the libraries that it prepares
@@ -34,7 +35,7 @@ from qwen2_vla.loading import (
     freeze,
     load_model,
     load_processor,
-    load_stage1_head,
+    read_stage1_head,
 )
 
 
@@ -58,13 +59,14 @@ def main(argv: list[str] | None = None):
     train_set, validation_set, stats, sampling_plan = prepare_data(task, data_args, head_args, training_args, processor)
     config = prepare_config(folder, task, stats, model_args, data_args, training_args, head_args)
     check_same_run(resume_from, config)
+    stage1_head = read_stage1(model_args, config) if resume_from is None else None
     say(
         f"task {data_args.task_name}: {len(train_set.episode_paths)} training episodes with {len(train_set)} frames, "
         f"{len(validation_set.episode_paths) if validation_set else 0} validation episodes"
     )
 
     set_seed(training_args.seed)
-    model = prepare_model(folder, config, model_args, training_args, resume_from, say)
+    model = prepare_model(folder, config, training_args, stage1_head, say)
     trainer = QWen2VLATrainer(
         model=model,
         args=training_args,
@@ -202,13 +204,20 @@ def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig):
         raise UserError(f"--resume_from_checkpoint: {checkpoint} is another run's: {', '.join(differences)}")
 
 
+def read_stage1(model_args: ModelArguments, config: Qwen2VLAConfig) -> tuple[dict, str] | None:
+    if not model_args.load_pretrain_dit:
+        return None
+    if not model_args.pretrain_dit_path:
+        raise UserError("--load_pretrain_dit True: expected --pretrain_dit_path too, found none")
+    return read_stage1_head(model_args.pretrain_dit_path, config.policy_head_config)
+
+
 def prepare_model(
     folder: str,
     config: Qwen2VLAConfig,
-    model_args: ModelArguments,
     training_args: TrainingArguments,
-    resume_from: str | None,
-    say,
+    stage1_head: tuple[dict, str] | None,
+    say: Callable[[str], None],
 ) -> torch.nn.Module:
     model = load_model(
         folder,
@@ -219,10 +228,10 @@ def prepare_model(
         double_quant=training_args.double_quant,
         device=training_args.device,
     )
-    if model_args.load_pretrain_dit and resume_from is None:
-        if not model_args.pretrain_dit_path:
-            raise UserError("--load_pretrain_dit True: expected --pretrain_dit_path too, found none")
-        say(load_stage1_head(model.policy_head, model_args.pretrain_dit_path))
+    if stage1_head is not None:
+        tensors, summary = stage1_head
+        model.policy_head.load_state_dict(tensors, strict=False)
+        say(summary)
     freeze(model, backbone=training_args.freeze_backbone, vision_tower=training_args.freeze_vision_tower)
     if training_args.lora_enable:
         model = add_lora(

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
 
 CROP = 0.95  # of each side
 MAX_ANGLE = 5.0  # degrees
@@ -14,7 +13,7 @@ _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601 luma
 
 @dataclass
 class Augmentation:
-    """One draw. `top`, `left` in [0, 1] place the crop, `angle` is in degrees, the factors multiply; `order` is the
+    """One draw. `top`, `left` in [0, 1) place the crop, `angle` is in degrees, the factors multiply; `order` is the
     sequence in which brightness (0), contrast (1) and saturation (2) are applied."""
 
     top: float
@@ -26,20 +25,18 @@ class Augmentation:
     order: tuple[int, int, int]
 
     @classmethod
-    def draw(cls) -> "Augmentation":
-        u = torch.rand(6).tolist()
-
-        def between(u: float, half_width: float) -> float:
-            return (2 * u - 1) * half_width
+    def draw(cls, rng: np.random.Generator) -> "Augmentation":
+        def around_one(half_width: float) -> float:
+            return rng.uniform(1 - half_width, 1 + half_width)
 
         return cls(
-            top=u[0],
-            left=u[1],
-            angle=between(u[2], MAX_ANGLE),
-            brightness=1 + between(u[3], BRIGHTNESS),
-            contrast=1 + between(u[4], CONTRAST),
-            saturation=1 + between(u[5], SATURATION),
-            order=tuple(torch.randperm(3).tolist()),
+            top=rng.random(),
+            left=rng.random(),
+            angle=rng.uniform(-MAX_ANGLE, MAX_ANGLE),
+            brightness=around_one(BRIGHTNESS),
+            contrast=around_one(CONTRAST),
+            saturation=around_one(SATURATION),
+            order=tuple(rng.permutation(3).tolist()),
         )
 
     def __call__(self, image: np.ndarray) -> np.ndarray:

@@ -69,14 +69,17 @@ class EpisodicDataset(Dataset):
         start = self.episode_ends[episode] - self.episode_lengths[episode]
         return self.episode_paths[episode], int(index - start)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | tuple[int, tuple[int, ...]]) -> dict:
+        """Item `index`, or `(index, draw)`: the numbers `draw` then seed the augmentation, so that an item depends on
+        its place in the run and not on what the process did before."""
+        index, draw = index if isinstance(index, tuple) else (index, None)
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         path, t = self.locate(index % len(self))
         episode = self.episodes[path]
         frames = [cv2.resize(episode.frame(camera, t), self.image_size) for camera in self.camera_names]  # (h, w, 3)
         if self.augment:
-            augmentation = Augmentation.draw()
+            augmentation = Augmentation.draw(np.random.default_rng(draw or int(torch.randint(2**62, ()))))
             frames = [augmentation(frame) for frame in frames]
         action, is_pad = self._action_chunk(episode.action, t, episode.sim)
         item = {

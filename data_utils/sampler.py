@@ -8,8 +8,10 @@ from torch.utils.data import Sampler
 from .dataset import SamplingPlan
 
 
-class EpisodeSampler(Sampler[int]):
+class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
     """Draws as many frames per epoch as there are, a pure function of (seed, epoch), equal on every rank.
+
+    Yields `(frame index, (seed, epoch, position))`; the second part seeds the item's augmentation.
 
     Without weights and without `episode_first` it is a permutation of all frames. Otherwise it draws with replacement:
     a dataset_dir by its weight, then one of its frames; `episode_first` draws an episode before the frame, so that
@@ -44,16 +46,19 @@ class EpisodeSampler(Sampler[int]):
         probabilities = weights[sources] * sizes / per_source[sources]
         return probabilities / probabilities.sum()
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        for position, index in enumerate(self._indices()):
+            yield index, (self.seed, self.epoch, position)
+
+    def _indices(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self)
         if self.plan.sample_weights is None and not self.episode_first:
-            yield from torch.randperm(count, generator=generator).tolist()
-            return
+            return torch.randperm(count, generator=generator).tolist()
         lengths = torch.tensor(self.plan.episode_lengths)  # (E,)
         starts = lengths.cumsum(0) - lengths
         cumulative = self.episode_probabilities().cumsum(0)
         uniform = torch.rand(2, count, generator=generator, dtype=torch.float64)
         episodes = torch.searchsorted(cumulative, uniform[0] * cumulative[-1], right=True).clamp(max=len(lengths) - 1)
         frames = (uniform[1] * lengths[episodes]).long()  # (count,)
-        yield from (starts[episodes] + frames).tolist()
+        return (starts[episodes] + frames).tolist()

@@ -7,11 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
 
 from data_utils.errors import UserError
-from policy_heads import SCALEDP_SIZES, DiffusionPolicyHead
+from policy_heads import SCALEDP_SIZES
 
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
@@ -189,11 +196,30 @@ def load_model(
     return PeftModel.from_pretrained(base, folder).merge_and_unload()
 
 
-def load_stage1_head(head: DiffusionPolicyHead, path: str) -> str:
-    """Loads stage-1 weights, `.ckpt` (`nets.nets`) or `.safetensors`, into the policy head.
+def load_weights(model: Qwen2VLForConditionalGenerationForVLA, folder: str):
+    """Overwrites the model's weights with those of a checkpoint folder, shard by shard.
+
+    Raises:
+        UserError: naming weights that are missing or unexpected.
+    """
+    missing, unexpected = set(model.state_dict()), set()
+    for shard in sorted(Path(folder).glob("model*.safetensors")):
+        result = model.load_state_dict(load_file(shard), strict=False)
+        missing &= set(result.missing_keys)
+        unexpected |= set(result.unexpected_keys)
+    if missing or unexpected:
+        raise UserError(
+            f"checkpoint {folder} does not fit this model: {len(missing)} weights are missing, {len(unexpected)} "
+            f"unexpected: {', '.join(sorted(missing | unexpected)[:5])}"
+        )
+
+
+def read_stage1_head(path: str, head_config: PreTrainedConfig) -> tuple[dict[str, torch.Tensor], str]:
+    """Reads stage-1 weights, `.ckpt` (`nets.nets`) or `.safetensors`, for a policy head that need not exist yet.
 
     Returns:
-        a line that says how many tensors were taken, dropped and left at their initial value.
+        the head's tensors under its own names, for `load_state_dict(…, strict=False)`; a line that says how many
+        tensors are taken, dropped and left at their initial value.
 
     Raises:
         UserError: for an unreadable file, or naming the shapes when depth, width or horizon do not fit.
@@ -204,7 +230,8 @@ def load_stage1_head(head: DiffusionPolicyHead, path: str) -> str:
         for name, tensor in stored.items()
         if "noise_pred" in name and "cond_obs_emb" not in name
     }
-    own = head.state_dict()
+    with torch.device("meta"):
+        own = AutoModel.from_config(head_config).state_dict()
     wrong = [
         f"{name}: expected {tuple(own[name].shape) if name in own else 'no such tensor'}, found {tuple(tensor.shape)}"
         for name, tensor in found.items()
@@ -220,8 +247,7 @@ def load_stage1_head(head: DiffusionPolicyHead, path: str) -> str:
             f"--pretrain_dit_path {path} does not fit the policy head ({len(wrong)} tensors). Is --policy_head_size or "
             f"--chunk_size another one? {'; '.join(wrong[:4])}"
         )
-    head.load_state_dict(found, strict=False)
-    return (
+    return found, (
         f"stage-1 head {path}: {len(found)} tensors taken, {len(stored) - len(found)} dropped, "
         f"{len(own) - len(found)} left at their initial value"
     )

@@ -1,5 +1,7 @@
 """DexVLA as a small difference to transformers' Qwen2-VL (DexVLA: arXiv 2502.05855)."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +107,17 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                     f"{', '.join(sorted(names)[:5])}"
                 )
         return (model, info) if output_loading_info else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs):
+        """As in PyTorch, but the reference's key names are understood too: they are what `save_pretrained` writes."""
+        renamed = {}
+        for name, tensor in state_dict.items():
+            name = re.sub(r"^visual\.", "model.visual.", name)
+            renamed[re.sub(r"^model\.(?!visual\.|language_model\.)", "model.language_model.", name)] = tensor
+        embedding = "model.language_model.embed_tokens.weight"
+        if self.config.tie_word_embeddings and embedding in renamed:
+            renamed.setdefault("lm_head.weight", renamed[embedding])
+        return super().load_state_dict(renamed, *args, **kwargs)
 
     def _token_types(self, input_ids: Tensor, mm_token_type_ids: Tensor | None) -> Tensor:
         """(B, L): 0 text, 1 image, 2 video; derived from the ids when the caller did not bring it."""

@@ -5,7 +5,8 @@ from transformers import Trainer
 
 from data_utils import EpisodeSampler, SamplingPlan, save_stats
 
-from .modeling_qwen2_vla import VLA_MODULES
+from .loading import load_weights
+from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
 
 EXTRA_LOSSES = ("llm_loss", "action_loss")
 
@@ -83,6 +84,21 @@ class QWen2VLATrainer(Trainer):
         if self.sampling_plan is None:
             return super()._get_train_sampler(train_dataset)
         return EpisodeSampler(self.sampling_plan, episode_first=self.args.episode_first, seed=self.args.seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        # transformers compares key names as they are, and would keep every weight that was saved under its old name
+        # as it was initialised, with no more than a warning
+        model = self.model if model is None else model
+        if isinstance(model, Qwen2VLForConditionalGenerationForVLA) and not self.is_fsdp_enabled:
+            load_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)

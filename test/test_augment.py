@@ -18,8 +18,8 @@ def smooth_image() -> np.ndarray:
 
 
 def test_draws_cover_their_ranges():
-    torch.manual_seed(0)
-    many = [Augmentation.draw() for _ in range(3000)]
+    rng = np.random.default_rng(0)
+    many = [Augmentation.draw(rng) for _ in range(3000)]
     for name, low, high in (
         ("top", 0, 1), ("left", 0, 1), ("angle", -5, 5), ("brightness", 0.7, 1.3), ("contrast", 0.6, 1.4),
         ("saturation", 0.5, 1.5),
@@ -80,6 +80,9 @@ def test_cameras_share_a_draw_and_items_do_not(tmp_path):
     first, second = data[3]["images"], data[3]["images"]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
     assert not torch.equal(first, second)
+    # with a draw's numbers an item depends on nothing else
+    assert torch.equal(data[3, (0, 1, 2)]["images"], data[3, (0, 1, 2)]["images"])
+    assert not torch.equal(data[3, (0, 1, 2)]["images"], data[3, (0, 1, 3)]["images"])
 
 
 def test_no_augmentation_without_the_flag():

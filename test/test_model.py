@@ -187,6 +187,12 @@ def test_saved_and_loaded_again(model, tmp_path):
     assert isinstance(config, Qwen2VLAConfig) and config.policy_head_config.depth == 2
 
 
+def test_state_dicts_with_old_names_load(model):
+    fresh = Qwen2VLForConditionalGenerationForVLA(model.config)
+    result = fresh.load_state_dict(load_file(GOLDEN / "checkpoint/model.safetensors"))
+    assert not result.missing_keys and torch.equal(forward(fresh).loss, forward(model).loss)
+
+
 def test_new_key_names_load_too(model, tmp_path):
     from safetensors.torch import save_file
 

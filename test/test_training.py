@@ -1,0 +1,318 @@
+"""train_vla.py from end to end, in this process, with a tiny model on the CPU."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_vla
+from aloha_scripts.constants import TASK_CONFIGS
+from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError
+from qwen2_vla import Qwen2VLAConfig, Qwen2VLAPolicy, QWen2VLATrainer, Qwen2VLForConditionalGenerationForVLA
+from qwen2_vla.arguments import TrainingArguments
+from qwen2_vla.ema import EMACallback
+from qwen2_vla.loading import build_config, load_model
+
+from .helpers import GOLDEN, golden_batch, relative_error
+
+LOSSES = ("loss", "llm_loss", "action_loss")
+
+
+@pytest.fixture
+def train(task, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "restored afterwards")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+
+    def run(output: str = "out", **flags) -> str:
+        settings = {
+            "model_name_or_path": tiny_base, "task_name": task, "output_dir": tmp_path / output,
+            "policy_head_depth": 1, "policy_head_width": 64, "policy_head_heads": 4, "chunk_size": 8,
+            "image_size_stable": "(56,56)", "image_size_wrist": "(56,56)", "use_reasoning": True, "use_cpu": True,
+            "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2,
+            "learning_rate": 1e-3, "disable_tqdm": True,
+        }  # fmt: skip
+        flags = {key: value for key, value in (settings | flags).items() if value is not None}
+        train_vla.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+        return str(tmp_path / output)
+
+    return run
+
+
+def history(folder: str) -> list[dict]:
+    return json.loads(Path(f"{folder}/trainer_state.json").read_text())["log_history"]
+
+
+def column(folder: str, name: str) -> list[float]:
+    return [entry[name] for entry in history(folder) if name in entry]
+
+
+def test_log_validation_and_complete_checkpoints(train, capsys, tmp_path):
+    out = train(
+        eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4, lazy_preprocess=True, tf32=True,
+        logging_dir=tmp_path / "log", max_steps=8, save_steps=4,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "--lazy_preprocess True has no effect" in printed
+    assert torch.cuda.is_available() or "--tf32 True has no effect: there is no CUDA device" in printed
+    assert "3 training episodes with 36 frames, 1 validation episodes" in printed
+    assert "train_samples_per_second" in printed and "train_loss" in printed
+
+    for prefix, count in (("", 8), ("eval_", 4)):
+        loss, llm_loss, action_loss = (column(out, prefix + name) for name in LOSSES)
+        assert len(loss) == len(llm_loss) == len(action_loss) == count
+        assert loss == pytest.approx([a + b for a, b in zip(llm_loss, action_loss)], rel=1e-3)
+    assert column(out, "loss")[-1] < column(out, "loss")[0]
+    results = json.loads(Path(f"{out}/train_results.json").read_text())
+    assert results["train_samples_per_second"] > 0 and results["train_loss"] > 0
+
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    for name in LOSSES:
+        assert len(events.Scalars(f"train/{name}")) == 8 and len(events.Scalars(f"eval/{name}")) == 4
+
+    for folder in (out, f"{out}/checkpoint-4", f"{out}/checkpoint-8"):
+        config = Qwen2VLAConfig.from_pretrained(folder)
+        assert config.data_config["camera_names"] == ["cam_high", "cam_left_wrist", "cam_right_wrist"]
+        policy = Qwen2VLAPolicy.from_pretrained(folder, device="cpu")  # weights, processor, statistics: all is there
+        assert policy.process.camera_names == config.data_config["camera_names"]
+        assert all(os.path.isfile(f"{folder}/dataset_stats.{kind}") for kind in ("json", "pkl"))
+
+
+def test_stage3_starts_from_stage2(train):
+    stage2 = train("stage2")
+    stage3 = train("stage3", model_name_or_path=stage2, policy_head_depth=None, policy_head_width=None,
+                   policy_head_heads=None, learning_rate=1e-8, max_steps=1)  # fmt: skip
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (stage2, stage3))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert Qwen2VLAConfig.from_pretrained(stage3).policy_head_config.depth == 1
+
+
+def test_resume_continues_the_uninterrupted_run(train, tmp_path):
+    whole = train("whole", max_steps=4, using_ema=True)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(f"{whole}/checkpoint-2", interrupted / "checkpoint-2")
+    resumed = train("interrupted", max_steps=4, using_ema=True, resume_from_checkpoint=True)
+    assert column(resumed, "loss") == column(whole, "loss")
+    for name in ("model.safetensors", "checkpoint-4/ema.safetensors"):
+        a, b = load_file(f"{whole}/{name}"), load_file(f"{resumed}/{name}")
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_best_checkpoint_is_loaded_at_the_end(train, lora):
+    """The last steps have a learning rate that ruins the model, so an earlier checkpoint is the best."""
+    flags = {"lora_enable": True, "lora_r": 4} if lora else {}
+    out = train(
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss",
+        learning_rate=0.3, warmup_ratio=1.0 - 1e-6, max_grad_norm=1e9, **flags,
+    )  # fmt: skip
+    state = json.loads(Path(f"{out}/trainer_state.json").read_text())
+    losses = column(out, "eval_loss")
+    assert losses[0] < losses[1] and state["best_model_checkpoint"].endswith("checkpoint-2")
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    best, saved = load_file(f"{out}/checkpoint-2/{name}"), load_file(f"{out}/{name}")
+    assert all(torch.equal(best[key], saved[key]) for key in best)
+
+
+def test_output_dirs_of_other_runs(train):
+    out = train(max_steps=2)
+    with pytest.raises(UserError, match="expected no checkpoints of another run, found checkpoint-2"):
+        train()
+    with pytest.raises(UserError, match="is another run's: .*delta_control False .asked for: True"):
+        train(resume_from_checkpoint=True, delta_control=True)
+    with pytest.raises(UserError, match="--resume_from_checkpoint: expected True or a checkpoint's folder"):
+        train("other", resume_from_checkpoint=f"{out}/checkpoint-3")
+
+
+def test_resume_without_a_checkpoint_starts_anew(train, capsys):
+    train(resume_from_checkpoint=True, max_steps=1)
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"task_name": "no_such_task"}, "--task_name: expected one of .*sim_insertion_scripted.*found no_such_task"),
+        ({"model_name_or_path": "/nowhere"}, "--model_name_or_path: expected a folder, found none at /nowhere"),
+        ({"action_dim": 7}, r"action: expected 7 columns \(--action_dim\), found 14"),
+        ({"state_dim": 10}, r"observations/qpos: expected 10 columns \(--state_dim\), found 14"),
+        ({"image_size_stable": "(320;240)"}, "--image_size_stable: expected"),
+        ({"policy_head_size": "ScaleDP_XL", "policy_head_depth": None}, "--policy_head_size: expected one of"),
+        ({"load_pretrain_dit": True}, "--load_pretrain_dit True: expected --pretrain_dit_path too"),
+        (
+            {"load_pretrain_dit": True, "pretrain_dit_path": "/no.ckpt"},
+            "--pretrain_dit_path: expected .*none at /no.ckpt",
+        ),
+    ],
+)
+def test_bad_input_stops_before_any_weight_is_loaded(train, monkeypatch, flags, message):
+    monkeypatch.setattr(train_vla, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=message):
+        train(**flags)
+
+
+def test_validation_needs_episodes(train, task, monkeypatch):
+    monkeypatch.setitem(TASK_CONFIGS, task, TASK_CONFIGS[task] | {"train_ratio": 1.0})
+    with pytest.raises(UserError, match="--eval_strategy .*expected validation episodes, found none"):
+        train(eval_strategy="steps")
+
+
+def test_task_config_keys_are_required(train, task, monkeypatch):
+    monkeypatch.setitem(TASK_CONFIGS, task, {"dataset_dir": "x"})
+    with pytest.raises(UserError, match=r"TASK_CONFIGS\['test_task'\]: expected episode_len, camera_names"):
+        train()
+
+
+def test_lora_checkpoint_acts_and_resumes(train, tmp_path):
+    out = train(lora_enable=True, lora_module="vit llm", lora_r=4, lora_alpha=8, non_lora_lr=1e-4)
+    adapters = load_file(f"{out}/checkpoint-4/adapter_model.safetensors")
+    assert any("policy_head" in name for name in adapters) and any("lora_A" in name for name in adapters)
+    assert Qwen2VLAPolicy.from_pretrained(f"{out}/checkpoint-4", device="cpu").stats["action_mean"].shape == (14,)
+    shutil.rmtree(f"{out}/checkpoint-4")
+    again = train(lora_enable=True, lora_module="vit llm", lora_r=4, lora_alpha=8, non_lora_lr=1e-4,
+                  resume_from_checkpoint=True)  # fmt: skip
+    resumed = load_file(f"{again}/checkpoint-4/adapter_model.safetensors")
+    assert all(torch.allclose(adapters[name], resumed[name], atol=1e-6) for name in adapters)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"is_tinyvla": True, "using_film": False},
+        {"policy_head_type": "unet_diffusion_policy", "policy_head_depth": None},
+    ],
+)
+def test_other_heads_train(train, flags):
+    out = train(max_steps=2, **flags)
+    assert len(column(out, "loss")) == 2
+    Qwen2VLForConditionalGenerationForVLA.from_pretrained(out)
+
+
+# ---- trainer ----
+
+
+@pytest.fixture
+def make_trainer(model, tmp_path):
+    def make(data, **options) -> QWen2VLATrainer:
+        settings = {"output_dir": tmp_path, "use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1}
+        callbacks = options.pop("callbacks", None)
+        args = TrainingArguments(
+            **{key: str(v) if key == "output_dir" else v for key, v in (settings | options).items()}
+        )
+        args.episode_first = False
+        return QWen2VLATrainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=Qwen2VLADataCollatorForSupervisedDataset(pad_token_id=376),
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def golden_items(rows: list[int]) -> list[dict]:
+    """Rows of the oracle's batch as items, all with row 0's text so that every answer has the same length."""
+    batch = golden_batch()
+    patches = batch["pixel_values"].chunk(3)
+    grids = batch["image_grid_thw"].chunk(3)
+    return [
+        {
+            "input_ids": batch["input_ids"][0],
+            "labels": batch["labels"][0],
+            "mm_token_type_ids": (batch["input_ids"][0] == 387).long(),
+            "pixel_values": patches[row],
+            "image_grid_thw": grids[row],
+            "state": batch["states"][row],
+            "action": batch["actions"][row],
+            "is_pad": batch["is_pad"][row],
+        }
+        for row in rows
+    ]
+
+
+def test_accumulation_gives_the_same_update(make_trainer, model, monkeypatch):
+    """1 x 4 and 4 x 1: equal parameters after a step, given the same noise for the same item."""
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    randn, randint = torch.randn, torch.randint
+    monkeypatch.setattr(torch, "randn", lambda size, **_: torch.full(size, 0.3))
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.full(size, 40))
+    updates = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        model.load_state_dict(start)
+        trainer = make_trainer(
+            golden_items([0, 1, 2, 0]),
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        updates.append(torch.cat([(p - start[name]).flatten() for name, p in model.state_dict().items()]))
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry][0]
+        assert logged["loss"] == pytest.approx(logged["llm_loss"] + logged["action_loss"], rel=1e-3)
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(torch, "randint", randint)
+    assert updates[0].norm() > 0 and relative_error(updates[1], updates[0]) < 1e-4
+
+
+def test_bf16_keeps_fp32_master_weights(make_trainer, model):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_trainer(golden_items([0, 1]), bf16=True, learning_rate=2e-5, lr_scheduler_type="constant").train()
+    moved = [
+        name for name, p in model.named_parameters() if p.dtype == torch.float32 and not torch.equal(p, before[name])
+    ]
+    assert len(moved) > 0.8 * len(before)  # in bf16, 2e-5 would be rounded away
+    steps = max((p - before[name]).abs().max().item() for name, p in model.named_parameters())
+    assert steps < 1e-4
+
+
+def test_head_learning_rate(make_trainer, model):
+    trainer = make_trainer(golden_items([0]), learning_rate=1e-5, non_lora_lr=1e-3, weight_decay=0.1)
+    trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    for name, p in model.named_parameters():
+        head = name.startswith(("policy_head", "input_action_proj", "reasoning_"))
+        assert rates[id(p)] == (1e-3 if head else 1e-5), name
+
+
+def test_evaluation_repeats_itself_and_leaves_the_random_state(make_trainer):
+    trainer = make_trainer(golden_items([0, 1, 2]))
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = trainer.evaluate(golden_items([0, 1, 2]))
+    assert torch.equal(torch.get_rng_state(), state)
+    second = trainer.evaluate(golden_items([0, 1, 2]))
+    for name in LOSSES:
+        assert first[f"eval_{name}"] == second[f"eval_{name}"] > 0
+
+
+def test_ema_follows_the_weights(make_trainer, model):
+    ema = EMACallback()
+    assert ema.decay(1) == pytest.approx(1 - 2**-0.75) and ema.decay(10**9) == 0.9999
+    snapshots = []
+
+    class Snapshot(EMACallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = golden_items([0, 1])
+    make_trainer(data, callbacks=[ema, Snapshot()], max_steps=3, learning_rate=1e-2).train()
+    name = "input_action_proj.mlps.0.weight"
+    expected = start[name]
+    for step, snapshot in enumerate(snapshots, start=1):
+        expected = expected * ema.decay(step) + snapshot[name] * (1 - ema.decay(step))
+    assert torch.allclose(dict(zip(ema.names, ema.average))[name], expected, atol=1e-6)
+    assert not torch.equal(expected, snapshots[-1][name])
+
+
+def test_weights_are_loaded_in_fp32(tiny_base):
+    bf16 = Qwen2VLForConditionalGenerationForVLA.from_pretrained(GOLDEN / "checkpoint", dtype=torch.bfloat16)
+    assert {p.dtype for p in bf16.parameters()} == {torch.bfloat16}
+    config = build_config(tiny_base, depth=1, width=64, num_heads=4)
+    assert {p.dtype for p in load_model(tiny_base, config).parameters()} == {torch.float32}
