@@ -35,6 +35,7 @@ from qwen2_vla.loading import (
     freeze,
     load_model,
     load_processor,
+    load_stage1_head,
     read_stage1_head,
 )
 
@@ -230,7 +231,7 @@ def prepare_model(
     )
     if stage1_head is not None:
         tensors, summary = stage1_head
-        model.policy_head.load_state_dict(tensors, strict=False)
+        load_stage1_head(model.policy_head, tensors)
         say(summary)
     freeze(model, backbone=training_args.freeze_backbone, vision_tower=training_args.freeze_vision_tower)
     if training_args.lora_enable:

@@ -13,7 +13,10 @@ AutoConfig.register("unet_diffusion_policy", UnetDiffusionPolicyConfig)
 AutoModel.register(ScaleDPPolicyConfig, ScaleDP)
 AutoModel.register(UnetDiffusionPolicyConfig, ConditionalUnet1D)
 
+HEAD_CLASSES = {head.config_class.model_type: head for head in (ScaleDP, ConditionalUnet1D)}
+
 __all__ = [
+    "HEAD_CLASSES",
     "SCALEDP_SIZES",
     "ConditionalUnet1D",
     "DiffusionPolicyHead",

@@ -166,6 +166,10 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
         super().__post_init__()
+        if self.deepspeed and self.device is not None:  # asking for the device starts torch.distributed
+            import deepspeed
+
+            deepspeed.init_distributed()  # ZeRO-3 shards the model while it is built, and asks DeepSpeed for the ranks
         unknown = set(self.lora_modules) - {"vit", "llm", "di_head"}
         if unknown or not self.lora_modules:
             raise UserError(f'--lora_module: expected any of "vit llm di_head", found {self.lora_module!r}')

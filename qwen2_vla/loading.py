@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
 
 from data_utils.errors import UserError
-from policy_heads import SCALEDP_SIZES
+from policy_heads import HEAD_CLASSES, SCALEDP_SIZES
 
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
@@ -230,8 +230,8 @@ def read_stage1_head(path: str, head_config: PreTrainedConfig) -> tuple[dict[str
         for name, tensor in stored.items()
         if "noise_pred" in name and "cond_obs_emb" not in name
     }
-    with torch.device("meta"):
-        own = AutoModel.from_config(head_config).state_dict()
+    with torch.device("meta"):  # by its class, since under ZeRO-3 AutoModel would shard it
+        own = HEAD_CLASSES[head_config.model_type](head_config).state_dict()
     wrong = [
         f"{name}: expected {tuple(own[name].shape) if name in own else 'no such tensor'}, found {tuple(tensor.shape)}"
         for name, tensor in found.items()
@@ -251,6 +251,17 @@ def read_stage1_head(path: str, head_config: PreTrainedConfig) -> tuple[dict[str
         f"stage-1 head {path}: {len(found)} tensors taken, {len(stored) - len(found)} dropped, "
         f"{len(own) - len(found)} left at their initial value"
     )
+
+
+def load_stage1_head(head: nn.Module, tensors: dict[str, torch.Tensor]):
+    """Puts what `read_stage1_head` returned into the model's policy head, also when ZeRO-3 has sharded it."""
+    if not is_deepspeed_zero3_enabled():
+        head.load_state_dict(tensors, strict=False)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):
+        head.load_state_dict(tensors, strict=False)
 
 
 def _read_stage1(path: str) -> dict[str, torch.Tensor]:

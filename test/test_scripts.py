@@ -1,0 +1,135 @@
+"""The shell scripts as a user starts them: real processes, real DeepSpeed over gloo, the tiny model."""
+
+import json
+import re
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from policy_heads import ScaleDP, ScaleDPPolicyConfig
+from qwen2_vla import Qwen2VLAPolicy
+
+from .helpers import ROOT, run, write_episode
+
+SMALL = {
+    "policy_head_depth": 1, "policy_head_width": 64, "policy_head_heads": 4, "chunk_size": 8,
+    "image_size_stable": "(56,56)", "image_size_wrist": "(56,56)", "per_device_train_batch_size": 2, "logging_steps": 1,
+    "save_steps": 2, "max_steps": 2, "learning_rate": 1e-3, "dataloader_num_workers": 0, "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where the simulator's tasks of TASK_CONFIGS look for episodes."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        path = folder / "sim_transfer_cube_scripted" / f"episode_{i}.hdf5"
+        write_episode(path, 6, cameras=["top", "left_wrist", "right_wrist"], seed=i, jpeg=True)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def script(data_dir, tiny_base, tmp_path):
+    def start(name: str, *flags: str, output: str = "out", model: str | None = None, **settings) -> tuple[str, str]:
+        settings = {
+            "MNOP": model or tiny_base, "TASKNAME": "sim_transfer_cube_scripted", "OUTPUT": tmp_path / output,
+            "NUM_DEVICES": 1, "MASTER_PORT": free_port(),
+        } | settings  # fmt: skip
+        small = [part for flag, value in SMALL.items() for part in (f"--{flag}", str(value))]
+        command = ["bash", f"scripts/{name}", *(f"{key}={value}" for key, value in settings.items()), *small, *flags]
+        result = run(command, {"DEXVLA_DATA_DIR": str(data_dir), "CUDA_VISIBLE_DEVICES": ""})
+        return result.stdout, str(tmp_path / output)
+
+    return start
+
+
+def losses(output: str) -> list[dict]:
+    pattern = r"\{'loss': '([\d.]+)', 'llm_loss': '([\d.]+)', 'action_loss': '([\d.]+)'"
+    return [tuple(map(float, found)) for found in re.findall(pattern, output)]
+
+
+def test_stage2_then_stage3_on_one_device(script):
+    output, stage2 = script("train_dexvla_stage2.sh", output="stage2")
+    assert len(losses(output)) == 2 and "train_samples_per_second" in output, output[-3000:]
+    assert (ROOT / stage2 / "log.log").read_text().count("'loss'") == 2
+    assert list((ROOT / stage2 / "log").glob("events*"))
+    output, stage3 = script("train_dexvla_stage3.sh", output="stage3", model=stage2)
+    assert "no policy head" not in output and losses(output), output[-3000:]
+    assert Qwen2VLAPolicy.from_pretrained(stage3, device="cpu").stats["qpos_std"].shape == (14,)
+
+
+def test_two_processes_under_zero2_resume(script):
+    """The same script on two devices: DeepSpeed ZeRO-2, a checkpoint that is complete, and a run that goes on."""
+    output, folder = script("train_dexvla_stage2.sh", NUM_DEVICES=2)
+    assert len(losses(output)) == 2 and "saved to" in output, output[-3000:]
+    checkpoint = load_file(f"{folder}/checkpoint-2/model.safetensors")
+    assert any(name.startswith("policy_head.") for name in checkpoint)
+    Qwen2VLAPolicy.from_pretrained(f"{folder}/checkpoint-2", device="cpu")
+    output, _ = script(
+        "train_dexvla_stage2.sh", "--max_steps", "4", "--resume_from_checkpoint", "True", NUM_DEVICES=2,
+    )  # fmt: skip
+    assert len(losses(output)) == 2, output[-3000:]
+    state = json.loads((ROOT / folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3, 4]
+
+
+def test_one_and_two_processes_average_the_same_losses(script):
+    """Before any update, and with weights that ignore the noise, losses are means over the same four samples."""
+    flags = ["--max_steps", "1", "--learning_rate", "0", "--save_strategy", "no", "--augment", "False"]
+    one, _ = script("train_dexvla_stage2.sh", *flags, "--per_device_train_batch_size", "4", output="one")
+    two, _ = script("train_dexvla_stage2.sh", *flags, output="two", NUM_DEVICES=2)
+    (_, llm_one, _), (_, llm_two, _) = losses(one)[0], losses(two)[0]
+    assert llm_one == pytest.approx(llm_two, rel=2e-3)
+
+
+def test_divla_trains_adapters_and_the_unet(script):
+    output, folder = script("train_divla.sh", "--lora_r", "4")
+    assert losses(output), output[-3000:]
+    names = load_file(f"{folder}/adapter_model.safetensors")
+    assert any("lora_A" in name for name in names) and any("policy_head.down_modules" in name for name in names)
+
+
+def test_zero3_with_a_stage1_head(script, tmp_path):
+    config = ScaleDPPolicyConfig(depth=1, n_emb=64, num_heads=4, cond_dim=128, prediction_horizon=8)
+    stage1 = {f"noise_pred_net.{name}": 0.02 * torch.randn_like(p) for name, p in ScaleDP(config).state_dict().items()}
+    torch.save({"nets": {"nets": stage1}}, tmp_path / "head.ckpt")
+    output, folder = script(
+        "train_dexvla_stage2.sh", "--learning_rate", "0", NUM_DEVICES=2, ZERO="scripts/zero3.json",
+        DIT_PRETRAIN=tmp_path / "head.ckpt",
+    )  # fmt: skip
+    assert len(losses(output)) == 2 and "tensors taken" in output, output[-3000:]
+    weights = load_file(f"{folder}/model.safetensors")
+    assert all(tensor.numel() for tensor in weights.values())
+    assert torch.allclose(weights["policy_head.pos_embed"], stage1["noise_pred_net.pos_embed"])
+    assert weights["reasoning_film.scale_fc.weight"].abs().max() == 0 < weights["input_action_proj.mlps.0.weight"].std()
+
+
+def test_plain_python_takes_the_deepspeed_flag(script):
+    output, _ = script("train_dexvla_stage2.sh", "--save_strategy", "no", ZERO="scripts/zero2.json")
+    assert len(losses(output)) == 2, output[-3000:]
+
+
+def test_mistakes_are_one_line(script, tiny_base):
+    for settings, flags, message in (
+        ({}, ["--action_dim", "7"], "error: .*action: expected 7 columns (--action_dim), found 14"),
+        ({"TASKNAME": "nothing"}, [], "error: --task_name: expected one of "),
+        ({"NUM_DEVICES": 2}, ["--state_dim", "7"], "error: .*expected 7 columns (--state_dim)"),
+        ({"MNOP": ""}, [], "error: expected MNOP (folder of the official Qwen2-VL), found nothing"),
+    ):
+        output, _ = script("train_dexvla_stage2.sh", *flags, **settings)
+        pattern = re.escape(message).replace(r"\.\*", ".*")
+        assert re.search(pattern, output), output
+        assert "Traceback" not in output, output
+
+
+def test_an_unknown_flag_is_refused(script):
+    output, _ = script("train_dexvla_stage2.sh", "--chunk_sise", "8")
+    assert "--chunk_sise" in output and "not used" in output
