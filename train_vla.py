@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None):
     # Everything that can be wrong with the input shows here, before any weight is loaded
     task = get_task(data_args.task_name)
     resume_from = find_checkpoint(training_args)
-    folder = model_args.model_pretrain if training_args.load_pretrain else model_args.model_name_or_path
-    check_model_folder(folder)
+    folder_flag = "model_pretrain" if training_args.load_pretrain else "model_name_or_path"
+    folder = getattr(model_args, folder_flag)
+    check_model_folder(folder, f"--{folder_flag}")
     check_requirements(lora=training_args.lora_enable, bits=training_args.bits)
     processor = load_processor(folder)
     train_set, validation_set, stats, sampling_plan = prepare_data(task, data_args, head_args, training_args, processor)

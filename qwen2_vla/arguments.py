@@ -1,5 +1,6 @@
 """The four argument classes. Every flag of the reference's scripts parses; those that act on nothing say so."""
 
+import difflib
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -166,6 +167,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
         super().__post_init__()
+        if self.n_gpu > 1:
+            print(f"{self.n_gpu} GPUs, but one process: only the first one works; scripts/*.sh or torchrun use all")
+            self._n_gpu = 1  # transformers would fall back to DataParallel
         if self.deepspeed and self.device is not None:  # asking for the device starts torch.distributed
             import deepspeed
 
@@ -209,5 +213,10 @@ def parse_image_size(text: str | tuple[int, int], flag: str) -> tuple[int, int]:
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, ActionHeadArguments]:
+    """Raises UserError for flags that nobody knows, with the nearest one that exists."""
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, ActionHeadArguments))
-    return parser.parse_args_into_dataclasses(argv)
+    *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    for flag in unknown:
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        raise UserError(f"{flag}: expected a flag of train_vla.py" + (f", did you mean {near[0]}?" if near else ""))
+    return tuple(arguments)

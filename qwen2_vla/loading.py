@@ -28,14 +28,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 STAGE1_OPTIONAL = ("combine.", "cond_obs_emb.", "x_embedder.", "final_layer.linear.", "norm_after_pool.")
 
 
-def check_model_folder(folder: str | None):
+def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
     """Raises UserError unless `folder` holds configuration, weights and processor (or may be a name on the hub)."""
     if not folder:
-        raise UserError("--model_name_or_path: expected a folder with Qwen2-VL or a DexVLA checkpoint, found nothing")
+        raise UserError(f"{flag}: expected a folder with Qwen2-VL or a DexVLA checkpoint, found nothing")
     path = Path(folder)
     if not path.is_dir():
         if path.is_absolute() or folder.count("/") != 1 or folder.startswith("."):
-            raise UserError(f"--model_name_or_path: expected a folder, found none at {folder}")
+            raise UserError(f"{flag}: expected a folder, found none at {folder}")
         return
     for what, patterns in {
         "configuration (config.json)": ["config.json"],
@@ -44,7 +44,7 @@ def check_model_folder(folder: str | None):
         "tokenizer (tokenizer.json, or vocab.json and merges.txt)": ["tokenizer.json", "vocab.json"],
     }.items():
         if not any(any(path.glob(pattern)) for pattern in patterns):
-            raise UserError(f"--model_name_or_path {folder}: expected {what}, found none")
+            raise UserError(f"{flag} {folder}: expected {what}, found none")
 
 
 def load_processor(folder: str) -> ProcessorMixin:

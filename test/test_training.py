@@ -138,6 +138,7 @@ def test_resume_without_a_checkpoint_starts_anew(train, capsys):
     "flags, message",
     [
         ({"task_name": "no_such_task"}, "--task_name: expected one of .*sim_insertion_scripted.*found no_such_task"),
+        ({"load_pretrain": True}, "--model_pretrain: expected a folder with Qwen2-VL"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path: expected a folder, found none at /nowhere"),
         ({"action_dim": 7}, r"action: expected 7 columns \(--action_dim\), found 14"),
         ({"state_dim": 10}, r"observations/qpos: expected 10 columns \(--state_dim\), found 14"),
