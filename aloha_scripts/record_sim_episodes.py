@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from aloha_scripts.constants import TASK_CONFIGS
 from aloha_scripts.scripted_policy import ScriptedPolicy, instruction, substep_reasonings
-from aloha_scripts.simulation import CAMERA_NAMES, MAX_REWARD, SIM_TASKS, AlohaSimulation
+from aloha_scripts.simulation import CAMERA_NAMES, MAX_REWARD, SIM_TASKS, AlohaSimulation, RenderingError
 
 MAX_ATTEMPTS = 20  # per episode
 RETRY_STRIDE = 1_000_000  # between the seeds of two attempts: no other episode's seed is used up by a retry
@@ -224,16 +224,19 @@ def main(argv=None):
     cores = min(4, os.cpu_count() or 1)
     add("--num_workers", type=_integer(1, 256), default=cores, help=f"processes (default here: {cores})")
     args = parser.parse_args(argv)
-    record(
-        args.task_name,
-        args.dataset_dir or Path(TASK_CONFIGS[args.task_name]["dataset_dir"]),
-        args.num_episodes,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        image_size=args.image_size,
-        jpeg_quality=args.jpeg_quality if args.jpeg else None,
-        fast_rendering=args.fast_rendering,
-    )
+    try:
+        record(
+            args.task_name,
+            args.dataset_dir or Path(TASK_CONFIGS[args.task_name]["dataset_dir"]),
+            args.num_episodes,
+            num_workers=args.num_workers,
+            seed=args.seed,
+            image_size=args.image_size,
+            jpeg_quality=args.jpeg_quality if args.jpeg else None,
+            fast_rendering=args.fast_rendering,
+        )
+    except RenderingError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

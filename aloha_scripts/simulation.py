@@ -20,6 +20,10 @@ GL_MISSING = (
 )
 
 
+class RenderingError(RuntimeError):
+    """This machine cannot render; the message says what to install."""
+
+
 def _loads(*libraries):
     try:
         for library in libraries:
@@ -54,7 +58,7 @@ try:
 except ModuleNotFoundError:
     raise
 except (ImportError, AttributeError) as error:  # how PyOpenGL reports a library that is missing or finds no device
-    raise RuntimeError(GL_MISSING.format(backend=GL_BACKEND)) from error
+    raise RenderingError(GL_MISSING.format(backend=GL_BACKEND)) from error
 
 from gym_aloha.constants import ASSETS_DIR  # noqa: E402
 from gym_aloha.tasks import sim, sim_end_effector  # noqa: E402
@@ -158,7 +162,7 @@ class AlohaSimulation:
     def render(self, camera_names=CAMERA_NAMES, size=(640, 480)):
         """{camera: (height, width, 3) uint8, RGB} as seen now, with size = (width, height) in pixels."""
         if GL_BACKEND == "off":
-            raise RuntimeError(GL_MISSING.format(backend=GL_BACKEND))
+            raise RenderingError(GL_MISSING.format(backend=GL_BACKEND))
         return {name: self._camera(name, *size).render() for name in camera_names}
 
     def close(self):
