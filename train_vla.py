@@ -10,12 +10,12 @@ from pathlib import Path
 import qwen2_vla.environment  # noqa: F401  before the libraries that it prepares
 
 # isort: split
+import numpy as np
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from aloha_scripts.constants import TASK_CONFIGS
-from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data
+from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_stats
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer
 from qwen2_vla.arguments import (
     ActionHeadArguments,
@@ -27,6 +27,7 @@ from qwen2_vla.arguments import (
 )
 from qwen2_vla.ema import EMACallback
 from qwen2_vla.loading import (
+    ADAPTER_CONFIG,
     add_lora,
     build_config,
     check_model_folder,
@@ -36,6 +37,7 @@ from qwen2_vla.loading import (
     load_model,
     load_processor,
     load_stage1_head,
+    merge_adapters,
     read_stage1_head,
 )
 
@@ -56,11 +58,12 @@ def main(argv: list[str] | None = None):
     folder_flag = "model_pretrain" if training_args.load_pretrain else "model_name_or_path"
     folder = getattr(model_args, folder_flag)
     check_model_folder(folder, f"--{folder_flag}")
-    check_requirements(lora=training_args.lora_enable, bits=training_args.bits)
+    lora_modules = training_args.lora_modules if training_args.lora_enable else []
+    check_requirements(lora_modules=lora_modules, bits=training_args.bits, ema=training_args.using_ema)
     processor = load_processor(folder)
     train_set, validation_set, stats, sampling_plan = prepare_data(task, data_args, head_args, training_args, processor)
     config = prepare_config(folder, task, stats, model_args, data_args, training_args, head_args)
-    check_same_run(resume_from, config)
+    check_same_run(resume_from, config, stats, training_args.lora_enable)
     stage1_head = read_stage1(model_args, config) if resume_from is None else None
     say(
         f"task {data_args.task_name}: {len(train_set.episode_paths)} training episodes with {len(train_set)} frames, "
@@ -80,8 +83,15 @@ def main(argv: list[str] | None = None):
         norm_stats=stats,
         callbacks=[EMACallback()] if training_args.using_ema else None,
     )
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    # from here on every rank draws its own noise; up to here all had to build the same model
+    set_seed(training_args.seed + training_args.process_index)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume_from)
+    except UserError as error:  # only this rank knows of it, and a loader's worker wraps it into its traceback
+        raise SystemExit(f"error on rank {training_args.process_index}: {str(error).splitlines()[-1]}") from None
     trainer.save_model()
+    if training_args.lora_enable and training_args.should_save:
+        merge_adapters(training_args.output_dir)  # the adapters as such are in the checkpoints
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -95,12 +105,28 @@ def get_task(name: str | None) -> dict:
     missing = [key for key in ("dataset_dir", "episode_len", "camera_names") if key not in task]
     if missing:
         raise UserError(f"TASK_CONFIGS[{name!r}]: expected {', '.join(missing)}, found only {', '.join(task)}")
+    folders = task["dataset_dir"]
+    for key, fine, expected in (
+        ("dataset_dir", folders and all(isinstance(d, str | os.PathLike) for d in as_list(folders)), "folders"),
+        ("camera_names", as_list(task["camera_names"]) == task["camera_names"] != [], "a list of names"),
+        ("train_ratio", isinstance(task.get("train_ratio", 1), int | float) and 0 < task.get("train_ratio", 1) <= 1,
+         "a number in (0, 1]"),
+        ("sample_weights", task.get("sample_weights") is None or isinstance(task["sample_weights"], list | tuple),
+         "a list of numbers, one per dataset_dir"),
+        ("name_filter", task.get("name_filter") is None or callable(task["name_filter"]), "a function path -> bool"),
+    ):  # fmt: skip
+        if not fine:
+            raise UserError(f"TASK_CONFIGS[{name!r}]: {key}: expected {expected}, found {task[key]!r}")
     return task
+
+
+def as_list(value) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint to go on from. A folder with checkpoints is only trained into when that was asked for."""
-    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    newest = newest_checkpoint(args.output_dir)
     resume = args.resume_from_checkpoint
     if not resume:
         if newest:
@@ -116,6 +142,15 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
         raise UserError(f"--resume_from_checkpoint: expected True or a checkpoint's folder, found {resume}")
     return resume
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written to its end: trainer_state.json is what is written last."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    for folder in folders[folders.index(whole[-1]) + 1 :] if whole else folders:
+        print(f"{folder}: skipped, it was not written to its end")
+    return str(whole[-1]) if whole else None
 
 
 def prepare_data(
@@ -139,6 +174,7 @@ def prepare_data(
         stats_dir=task.get("stats_dir"),
         sample_weights=task.get("sample_weights"),
         train_ratio=task.get("train_ratio", 0.999),
+        episode_first=data_args.episode_first,
         skip_mirrored_data=data_args.skip_mirrored_data,
         action_dim=head_args.action_dim,
         state_dim=head_args.state_dim,
@@ -154,7 +190,9 @@ def prepare_data(
             f"--eval_strategy {training_args.eval_strategy}: expected validation episodes, found none: "
             f"lower train_ratio ({task.get('train_ratio', 0.999)}) or add episodes to the first dataset_dir"
         )
-    training_args.episode_first = data_args.episode_first
+    longest = max(train_set.episode_lengths)
+    if longest > task["episode_len"] and training_args.process_index == 0:
+        print(f"episode_len {task['episode_len']}: the longest episode has {longest} frames, all of them are used")
     return train_set, validation_set, stats, plan
 
 
@@ -188,20 +226,28 @@ def prepare_config(
             "image_size_wrist": list(data_args.image_size_wrist),
             "use_reasoning": data_args.use_reasoning,
             "delta_control": data_args.delta_control,
+            "augment": data_args.augment,
         },
     )
 
 
-def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig):
-    """A checkpoint of another task, or prepared otherwise, is another run's."""
+def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig, stats: dict, lora: bool):
+    """A checkpoint of another task, another model, or data prepared otherwise, is another run's."""
     if checkpoint is None:
         return
-    before = Qwen2VLAConfig.from_pretrained(checkpoint).data_config or {}
-    differences = [
-        f"{key} {before.get(key)} (asked for: {value})"
-        for key, value in config.data_config.items()
-        if before.get(key) != value
-    ]
+
+    def settings(config: Qwen2VLAConfig) -> dict:
+        head = config.policy_head_config.to_dict()
+        return (config.data_config or {}) | {"using_film": config.using_film} | {f"head.{k}": head[k] for k in head}
+
+    before, now = settings(Qwen2VLAConfig.from_pretrained(checkpoint)), settings(config)
+    differences = [f"{key} {before.get(key)} (asked for: {now[key]})" for key in now if before.get(key) != now[key]]
+    had_lora = os.path.isfile(os.path.join(checkpoint, ADAPTER_CONFIG))
+    if had_lora != lora:
+        differences.append(f"LoRA {had_lora} (asked for: {lora}, --lora_enable)")
+    kept = load_stats(checkpoint)
+    if any(key in kept and not np.array_equal(kept[key], stats[key]) for key in stats):
+        differences.append("statistics of other episodes (dataset_stats.json)")
     if differences:
         raise UserError(f"--resume_from_checkpoint: {checkpoint} is another run's: {', '.join(differences)}")
 

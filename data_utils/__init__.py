@@ -1,3 +1,5 @@
+import cv2
+
 from .augment import Augmentation, center_crop
 from .collator import Qwen2VLADataCollatorForSupervisedDataset
 from .dataset import EpisodicDataset, SamplingPlan, get_norm_stats, load_data
@@ -12,6 +14,9 @@ from .normalization import (
     unnormalize_state,
 )
 from .sampler import EpisodeSampler
+
+# Loader workers are the parallelism; a thread pool in each of them would only compete
+cv2.setNumThreads(0)
 
 __all__ = [
     "Augmentation",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .augment import Augmentation
+from .augment import Augmentation, center_crop
 from .episodes import EpisodeCache, EpisodeSummary, check_episodes, find_all_hdf5, open_episode
 from .errors import DatasetError
 from .normalization import Moments, make_norm_stats, normalize_action, normalize_state
@@ -28,7 +28,8 @@ class EpisodicDataset(Dataset):
         episode_paths: HDF5 files, layout in README.md. camera_names: K cameras, in the order the model sees them.
         norm_stats: what `get_norm_stats` returns. image_size_stable: (width, height) every frame is resized to.
         delta_control: actions become differences to the next row; the last real row becomes 0.
-        augment: random crop, rotation and colours, one draw per item.
+        augment: random crop, rotation and colours, one draw per item. center_crop: the middle 95 % instead, which is
+            what a policy trained with augmentation sees when it acts.
         transform: item -> what the collator takes, e.g. a `Qwen2VLAProcess`.
         episode_lengths: frames per episode, if known; read from the files otherwise.
     """
@@ -44,6 +45,7 @@ class EpisodicDataset(Dataset):
         use_reasoning: bool = True,
         delta_control: bool = False,
         augment: bool = False,
+        center_crop: bool = False,
         transform: Callable[[dict], dict] | None = None,
         episode_lengths: list[int] | None = None,
     ):
@@ -55,6 +57,7 @@ class EpisodicDataset(Dataset):
         self.use_reasoning = use_reasoning
         self.delta_control = delta_control
         self.augment = augment
+        self.center_crop = center_crop
         self.transform = transform
         self.episode_lengths = np.asarray(episode_lengths or [_length(path) for path in self.episode_paths])
         self.episode_ends = self.episode_lengths.cumsum()
@@ -81,6 +84,8 @@ class EpisodicDataset(Dataset):
         if self.augment:
             augmentation = Augmentation.draw(np.random.default_rng(draw or int(torch.randint(2**62, ()))))
             frames = [augmentation(frame) for frame in frames]
+        elif self.center_crop:
+            frames = [center_crop(frame) for frame in frames]
         action, is_pad = self._action_chunk(episode.action, t, episode.sim)
         item = {
             "images": torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2),  # (K, 3, h, w)
@@ -132,11 +137,12 @@ def _stats_of(summaries: dict[str, EpisodeSummary]) -> dict[str, np.ndarray]:
 @dataclass
 class SamplingPlan:
     """What a sampler needs to know: frames of every training episode, its dataset_dir, and the weight of each of
-    those (None: every frame is as likely)."""
+    those (None: every frame is as likely); whether an episode is drawn before its frame."""
 
     episode_lengths: list[int]
     episode_sources: list[int]
     sample_weights: list[float] | None
+    episode_first: bool = False
 
 
 def load_data(
@@ -148,6 +154,7 @@ def load_data(
     stats_dir: str | list[str] | None = None,
     sample_weights: list[float] | None = None,
     train_ratio: float = 0.999,
+    episode_first: bool = False,
     skip_mirrored_data: bool = False,
     action_dim: int | None = None,
     state_dim: int | None = None,
@@ -196,16 +203,23 @@ def load_data(
     in_use = list(dict.fromkeys([path for path, _ in train] + validation))
     summaries = check_episodes(in_use, camera_names, use_reasoning, action_dim, state_dim, show_progress)
     stats_paths = list(dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder]))
-    others = check_episodes([path for path in stats_paths if path not in summaries], show_progress=show_progress)
+    first_summary = next(iter(summaries.values()))
+    others = check_episodes(
+        [path for path in stats_paths if path not in summaries],
+        action_dim=first_summary.action.dim,
+        state_dim=first_summary.qpos.dim,
+        show_progress=show_progress,
+    )
     stats = _stats_of({path: (summaries | others)[path] for path in stats_paths})
 
-    def dataset(paths: list[str], augment: bool) -> EpisodicDataset:
+    def dataset(paths: list[str], **images) -> EpisodicDataset:
         lengths = [summaries[path].length for path in paths]
         return EpisodicDataset(
             paths, camera_names, stats, chunk_size,
-            augment=augment, transform=transform, episode_lengths=lengths, **dataset_options,
+            **images, transform=transform, episode_lengths=lengths, **dataset_options,
         )  # fmt: skip
 
-    train_set = dataset([path for path, _ in train], augment)
-    plan = SamplingPlan(train_set.episode_lengths.tolist(), [source for _, source in train], sample_weights)
-    return train_set, dataset(validation, False) if validation else None, stats, plan
+    train_set = dataset([path for path, _ in train], augment=augment)
+    sources = [source for _, source in train]
+    plan = SamplingPlan(train_set.episode_lengths.tolist(), sources, sample_weights, episode_first)
+    return train_set, dataset(validation, center_crop=augment) if validation else None, stats, plan

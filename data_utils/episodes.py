@@ -13,6 +13,7 @@ from .errors import DatasetError
 from .normalization import Moments
 
 IMAGES = "observations/images"
+JPEG_START = (0xFF, 0xD8)
 
 
 def find_all_hdf5(dataset_dir: str | os.PathLike, skip_mirrored_data: bool = False) -> list[str]:
@@ -65,9 +66,9 @@ class Episode:
         self.compressed = bool(self.file.attrs.get("compress", False))
         self.action = self.file["action"][()].astype(np.float32)
         self.qpos = self.file["observations/qpos"][()].astype(np.float32)
-        self.instruction = as_text(self.file["language_raw"][()].reshape(-1)[0])
+        self.instruction = as_text(np.ravel(self.file["language_raw"][()])[0])
         source = next((name for name in ("substep_reasonings", "reasoning") if name in self.file), None)
-        self.reasonings = [as_text(text) for text in self.file[source][()].reshape(-1)] if source else None
+        self.reasonings = [as_text(text) for text in np.ravel(self.file[source][()])] if source else None
         self.images = {name: self.file[f"{IMAGES}/{name}"] for name in self.file[IMAGES]}
 
     def __len__(self) -> int:
@@ -160,8 +161,18 @@ def check_episode(path: str, camera_names: list[str] | None = None, use_reasonin
         length = len(action)
         if len(qpos) != length:
             fail("observations/qpos", f"{length} frames, as many as action has", len(qpos))
-        if not dataset("language_raw").size:
-            fail("language_raw", "one instruction", "an empty dataset")
+
+        def check_texts(name: str):
+            data = dataset(name)
+            if data.dtype.kind not in "OSU" or not data.size:
+                fail(name, "text", f"{data.shape} of {data.dtype}")
+            try:
+                for value in np.ravel(data[()]):
+                    as_text(value)
+            except UnicodeDecodeError as error:
+                fail(name, "UTF-8 text", error)
+
+        check_texts("language_raw")
         if use_reasoning:
             if "substep_reasonings" in file and dataset("substep_reasonings").size != length:
                 fail("substep_reasonings", f"{length} texts, one per frame", dataset("substep_reasonings").size)
@@ -172,6 +183,8 @@ def check_episode(path: str, camera_names: list[str] | None = None, use_reasonin
                     "none",
                 )
 
+        if use_reasoning:
+            check_texts("substep_reasonings" if "substep_reasonings" in file else "reasoning")
         compressed = bool(file.attrs.get("compress", False))
         present = sorted(file[IMAGES]) if isinstance(file.get(IMAGES), h5py.Group) else []
         for camera in camera_names or []:
@@ -189,6 +202,9 @@ def check_episode(path: str, camera_names: list[str] | None = None, use_reasonin
                 fail(name, "shape (N, height, width, 3)", data.shape)
             if len(data) != length:
                 fail(name, f"{length} frames, as many as action has", len(data))
+            for t in (0, length - 1) if compressed else ():
+                if tuple(data[t, :2]) != JPEG_START:
+                    fail(f"{name}, frame {t}", "JPEG bytes", f"bytes that start with {data[t, :2].tolist()}")
     return EpisodeSummary(path, length, Moments.of(action), Moments.of(qpos))
 
 

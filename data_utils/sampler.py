@@ -18,12 +18,11 @@ class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
     short episodes count as much as long ones.
 
     Args:
-        plan: what `load_data` returns. episode_first: see above. seed: of the whole run.
+        plan: what `load_data` returns. seed: of the whole run.
     """
 
-    def __init__(self, plan: SamplingPlan, *, episode_first: bool = False, seed: int = 0):
+    def __init__(self, plan: SamplingPlan, *, seed: int = 0):
         self.plan = plan
-        self.episode_first = episode_first
         self.seed = seed
         self.epoch = 0
 
@@ -36,7 +35,7 @@ class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
     def episode_probabilities(self) -> torch.Tensor:
         """Probability (E,) float64 of each training episode in one draw."""
         sizes = torch.tensor(self.plan.episode_lengths, dtype=torch.float64)  # (E,)
-        if self.episode_first:
+        if self.plan.episode_first:
             sizes = torch.ones_like(sizes)
         if self.plan.sample_weights is None:
             return sizes / sizes.sum()
@@ -53,7 +52,7 @@ class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
     def _indices(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self)
-        if self.plan.sample_weights is None and not self.episode_first:
+        if self.plan.sample_weights is None and not self.plan.episode_first:
             return torch.randperm(count, generator=generator).tolist()
         lengths = torch.tensor(self.plan.episode_lengths)  # (E,)
         starts = lengths.cumsum(0) - lengths

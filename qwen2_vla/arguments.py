@@ -177,6 +177,8 @@ class TrainingArguments(transformers.TrainingArguments):
         unknown = set(self.lora_modules) - {"vit", "llm", "di_head"}
         if unknown or not self.lora_modules:
             raise UserError(f'--lora_module: expected any of "vit llm di_head", found {self.lora_module!r}')
+        if self.label_smoothing_factor:
+            raise UserError("--label_smoothing_factor: expected 0, the model computes its own losses")
         if self.bits not in (4, 8, 16):
             raise UserError(f"--bits: expected 4, 8 or 16, found {self.bits}")
         if self.bits < 16 and not self.lora_enable:

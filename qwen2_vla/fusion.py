@@ -8,8 +8,9 @@ from policy_heads.diffusion import ZeroLinear
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of `x` (B, L, D) over the positions where `mask` (B, L) is True -> (B, 1, D). No loop, no host sync."""
-    total = torch.bmm(mask[:, None].to(x.dtype), x)  # (B, 1, D)
-    return total / mask.sum(dim=1).clamp(min=1)[:, None, None].to(total.dtype)
+    # summed in fp32: a thousand hidden states overflow fp16
+    total = (x * mask[..., None]).sum(dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, D)
+    return (total / mask.sum(dim=1).clamp(min=1)[:, None, None]).to(x.dtype)
 
 
 class ActionProjector(nn.Module):

@@ -1,11 +1,13 @@
 """From a folder to a model ready to be trained: configuration, weights, stage-1 head, frozen parts, adapters."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -24,19 +26,21 @@ from .configuration_qwen2_vla import Qwen2VLAConfig
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
 
 ADAPTER_CONFIG = "adapter_config.json"
+# The frozen weights under a head's adapters: they come from stage 1 or from initialisation, so no base folder has them
+ADAPTED_HEAD = "adapted_policy_head.safetensors"
 # What a stage-1 head may lack: these layers belong to a robot or to the language model it did not have
 STAGE1_OPTIONAL = ("combine.", "cond_obs_emb.", "x_embedder.", "final_layer.linear.", "norm_after_pool.")
 
 
 def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
-    """Raises UserError unless `folder` holds configuration, weights and processor (or may be a name on the hub)."""
+    """Raises UserError unless `folder` holds configuration, whole weights, processor and tokenizer."""
     if not folder:
         raise UserError(f"{flag}: expected a folder with Qwen2-VL or a DexVLA checkpoint, found nothing")
     path = Path(folder)
     if not path.is_dir():
-        if path.is_absolute() or folder.count("/") != 1 or folder.startswith("."):
-            raise UserError(f"{flag}: expected a folder, found none at {folder}")
-        return
+        raise UserError(f"{flag}: expected a folder, found none at {folder} (see `hf download --help`)")
+    if (path / "non_lora_trainables.bin").exists():
+        raise UserError(f"{flag} {folder}: expected whole weights, found the reference's LoRA output; merge it there")
     for what, patterns in {
         "configuration (config.json)": ["config.json"],
         "weights (*.safetensors or pytorch_model*.bin)": ["*.safetensors", "pytorch_model*.bin"],
@@ -45,13 +49,25 @@ def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
     }.items():
         if not any(any(path.glob(pattern)) for pattern in patterns):
             raise UserError(f"{flag} {folder}: expected {what}, found none")
+    shards = set(path.glob("*.safetensors"))
+    for index in path.glob("*.safetensors.index.json"):
+        shards |= {path / name for name in json.loads(index.read_text())["weight_map"].values()}
+    for shard in sorted(shards):
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{flag} {folder}: {shard.name}: expected whole weights, found {error}") from error
 
 
 def load_processor(folder: str) -> ProcessorMixin:
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {folder}: expected a Qwen2-VL processor, found {error}") from error
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"--model_name_or_path {folder}: expected a processor with a chat template, found none")
+    return processor
 
 
 def build_config(
@@ -83,6 +99,12 @@ def build_config(
     head = {"model_type": head_type, "action_dim": action_dim, "state_dim": state_dim, "noise_samples": noise_samples}
     dim, present = config.text_config.hidden_size, config.policy_head_config
     head["prediction_horizon"] = chunk_size
+    if present is not None:
+        head |= {key: getattr(present, key) for key in ("num_train_timesteps", "num_inference_timesteps")}
+    if is_tinyvla and (using_film or head_type != "scale_dp_policy"):
+        raise UserError("--is_tinyvla True: expected --using_film False and --policy_head_type scale_dp_policy too")
+    if head_type != "scale_dp_policy" and any((head_size, depth, width, num_heads)):
+        raise UserError(f"--policy_head_size, _depth, _width and _heads: expected none of them with {head_type}")
     if head_type == "scale_dp_policy":
         if head_size is not None and head_size not in SCALEDP_SIZES:
             raise UserError(f"--policy_head_size: expected one of {', '.join(SCALEDP_SIZES)}, found {head_size}")
@@ -140,8 +162,18 @@ def _check_same_head(folder: str, present, wanted, had_film: bool, using_film: b
         raise UserError(f"--model_name_or_path {folder} holds a policy head with {', '.join(differences)}")
 
 
-def check_requirements(*, lora: bool, bits: int):
-    """Raises UserError when adapters or quantisation are asked for and their package is missing."""
+def check_requirements(*, lora_modules: list[str], bits: int, ema: bool = False):
+    """Raises UserError when a package is missing for what is asked, or ZeRO-3 does not go with it."""
+    lora = bool(lora_modules)
+    if is_deepspeed_zero3_enabled():
+        adapted_head = "di_head" in lora_modules
+        for asked, flag in (
+            (bits < 16, f"--bits {bits}"),
+            (ema, "--using_ema"),
+            (adapted_head, "--lora_module di_head"),
+        ):
+            if asked:
+                raise UserError(f"{flag}: expected ZeRO-2 or no DeepSpeed, found ZeRO-3, which shards the weights")
     for needed, package, flag in ((lora, "peft", "--lora_enable"), (bits < 16, "bitsandbytes", f"--bits {bits}")):
         if needed and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag}: expected the package {package}, found it not installed (pip install {package})")
@@ -186,14 +218,56 @@ def load_model(
             bnb_4bit_quant_type=quant_type,
         )
     if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
-        return Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
+        model = Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
+    else:
+        model = _load_and_merge(folder, config)
+    # where adapters trained on this model will find it again
+    model.name_or_path = os.path.abspath(folder)
+    return model
+
+
+def _load_and_merge(folder: str, config: Qwen2VLAConfig | None) -> Qwen2VLForConditionalGenerationForVLA:
+    """Base and adapters as one model, fp32; the base may itself be a folder of adapters."""
     from peft import PeftConfig, PeftModel
 
-    options.setdefault("config", Qwen2VLAConfig.from_pretrained(folder))
-    base = Qwen2VLForConditionalGenerationForVLA.from_pretrained(
-        PeftConfig.from_pretrained(folder).base_model_name_or_path, **options
-    )
+    config = config or Qwen2VLAConfig.from_pretrained(folder)
+    base_folder = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base_folder or not os.path.isdir(base_folder):
+        raise UserError(f"{folder}: expected its base model (adapter_config.json), found no folder {base_folder}")
+    base = load_model(base_folder, config)
+    load_adapted_head(base, folder)
     return PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+
+def save_adapted_head(model: nn.Module, folder: str):
+    """Saves the frozen weights under the head's adapters; nothing to do for a head that is fully trained."""
+    marker = ".base_layer."
+    frozen = {name: p for name, p in model.named_parameters() if "policy_head." in name and not p.requires_grad}
+    frozen = {
+        name[name.index("policy_head.") :].removeprefix("policy_head.").replace(marker, "."): p.detach().cpu()
+        for name, p in frozen.items()
+        if "original_module" not in name
+    }
+    if frozen:
+        save_file(frozen, os.path.join(folder, ADAPTED_HEAD))
+
+
+def load_adapted_head(model: nn.Module, folder: str):
+    """Puts back what `save_adapted_head` saved, into a plain model or one with adapters."""
+    path = os.path.join(folder, ADAPTED_HEAD)
+    if os.path.isfile(path):
+        own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
+        for name, tensor in load_file(path).items():
+            full_name = next(key for key in own if key.endswith(f"policy_head.{name}"))
+            own[full_name].data.copy_(tensor)
+
+
+def merge_adapters(folder: str):
+    """Turns a folder of adapters into a plain checkpoint, in place."""
+    merged = load_model(folder)
+    merged.save_pretrained(folder)
+    for name in (ADAPTER_CONFIG, ADAPTED_HEAD, "adapter_model.safetensors", "README.md"):
+        Path(folder, name).unlink(missing_ok=True)
 
 
 def load_weights(model: Qwen2VLForConditionalGenerationForVLA, folder: str):
@@ -267,17 +341,18 @@ def load_stage1_head(head: nn.Module, tensors: dict[str, torch.Tensor]):
 def _read_stage1(path: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise UserError(f"--pretrain_dit_path: expected a .ckpt or .safetensors file, found none at {path}")
-    if path.endswith(".safetensors"):
-        return load_file(path)
     try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
         raise UserError(f"--pretrain_dit_path {path}: expected a file of tensors, found {error}") from error
     for _ in range(2):
         stored = stored.get("nets", {}) if isinstance(stored, dict) else {}
-    if not stored:
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, torch.Tensor)}
+    if not tensors:
         raise UserError(f"--pretrain_dit_path {path}: expected weights under ['nets']['nets'], found none")
-    return stored
+    return tensors
 
 
 def freeze(model: Qwen2VLForConditionalGenerationForVLA, *, backbone: bool = False, vision_tower: bool = False):
@@ -311,13 +386,17 @@ def add_lora(
     with the adapters, unless "di_head" has the head adapted too."""
     from peft import LoraConfig, get_peft_model
 
-    present = [name for name in VLA_MODULES if hasattr(model, name)]
+    saved = [name for name in VLA_MODULES if hasattr(model, name)]
+    if "di_head" in modules:
+        saved.remove("policy_head")
+    if not model.config.using_film:
+        saved.remove("input_action_proj")  # unused then, see freeze
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias=bias,
         target_modules=lora_targets(model, modules),
-        modules_to_save=[name for name in present if name != "policy_head" or "di_head" not in modules],
+        modules_to_save=saved,
     )
     return get_peft_model(model, config)

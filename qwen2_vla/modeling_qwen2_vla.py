@@ -94,7 +94,8 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
             logging.set_verbosity(verbosity)
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         added = {name for name, _ in model.named_parameters() if name.startswith(VLA_MODULES)}
-        if missing >= added:
+        stored = Qwen2VLAConfig.from_pretrained(pretrained_model_name_or_path)
+        if missing >= added and stored.policy_head_config is None:
             logger.warning(
                 f"{pretrained_model_name_or_path} has no policy head: {len(added)} tensors of the head and "
                 "the fusion start from their initialisation"

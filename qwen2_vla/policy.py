@@ -69,7 +69,9 @@ class Qwen2VLAPolicy:
             )
         if qpos.shape != self.stats["qpos_mean"].shape:
             raise UserError(f"observation: qpos: expected shape {self.stats['qpos_mean'].shape}, found {qpos.shape}")
-        frames = [center_crop(cv2.resize(images[name], self.image_size)) for name in self.process.camera_names]
+        frames = [cv2.resize(images[name], self.image_size) for name in self.process.camera_names]  # (h, w, 3)
+        if self.model.config.data_config.get("augment", True):
+            frames = [center_crop(frame) for frame in frames]
         inputs = self.process(
             {
                 "images": torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2),  # (K, 3, h, w)

@@ -1,11 +1,13 @@
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from transformers import Trainer
 
 from data_utils import EpisodeSampler, SamplingPlan, save_stats
 
-from .loading import load_weights
+from .loading import load_adapted_head, load_weights, save_adapted_head
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
 
 EXTRA_LOSSES = ("llm_loss", "action_loss")
@@ -30,18 +32,33 @@ class QWen2VLATrainer(Trainer):
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(len(EXTRA_LOSSES) + 1, device=self.args.device)
 
+    def _prepare_inputs(self, inputs):
+        # Under DeepSpeed transformers casts every float to the weights' dtype: targets rounded to bf16
+        exact = {name: inputs[name].to(self.args.device) for name in ("actions", "states") if name in inputs}
+        return super()._prepare_inputs(inputs) | exact
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         # Stays on the device; it is read when something is logged
-        losses = torch.stack(
-            [outputs[name].detach().float() for name in EXTRA_LOSSES] + [torch.ones_like(loss.detach())]
-        )
-        self._loss_sums["train" if model.training else "eval"] += losses.float() * len(inputs["input_ids"])
+        self._losses = torch.stack([outputs[name].detach().float() for name in EXTRA_LOSSES])
+        if model.training:
+            self._add_losses("train", self._losses[None], len(inputs["input_ids"]))
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        # gathered as transformers gathers the loss, so that samples repeated to fill up a rank do not count
+        self._add_losses("eval", self.gather_function(self._losses.repeat(len(inputs["input_ids"]), 1)))
+        return result
+
+    def _add_losses(self, mode: str, losses: torch.Tensor, samples_each: int = 1):
+        """`losses` (N, len(EXTRA_LOSSES)), each the mean over `samples_each` samples."""
+        self._loss_sums[mode] += F.pad(losses, (0, 1), value=1.0).sum(dim=0) * samples_each
+
     def _take_losses(self, mode: str, prefix: str = "") -> dict[str, float]:
-        """Means over all ranks since the last call."""
-        sums = self.accelerator.reduce(self._loss_sums[mode], reduction="sum").tolist()
+        """Means since the last call, over all ranks (for "eval" every rank has them all already)."""
+        sums = self._loss_sums[mode]
+        sums = (self.accelerator.reduce(sums, reduction="sum") if mode == "train" else sums).tolist()
         self._loss_sums[mode] = self._zeros()
         return {prefix + name: value / sums[-1] for name, value in zip(EXTRA_LOSSES, sums)} if sums[-1] else {}
 
@@ -83,7 +100,7 @@ class QWen2VLATrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.sampling_plan is None:
             return super()._get_train_sampler(train_dataset)
-        return EpisodeSampler(self.sampling_plan, episode_first=self.args.episode_first, seed=self.args.seed)
+        return EpisodeSampler(self.sampling_plan, seed=self.args.seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         # transformers compares key names as they are, and would keep every weight that was saved under its old name
@@ -93,6 +110,7 @@ class QWen2VLATrainer(Trainer):
             load_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_adapted_head(model, resume_from_checkpoint)
 
     def _load_best_model(self):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -105,6 +123,9 @@ class QWen2VLATrainer(Trainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             if hasattr(self.model, "peft_config"):  # adapters alone do not say what they adapt
-                self.model.get_base_model().config.save_pretrained(folder)
+                config = deepcopy(self.model.get_base_model().config)
+                config.__dict__.pop("quantization_config", None)  # how it was trained, not what it is
+                config.save_pretrained(folder)
+                save_adapted_head(self.model, folder)
             if self.norm_stats is not None:
                 save_stats(self.norm_stats, folder)

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 TASK=sim_transfer_cube_scripted
 OUT=outputs/demo
+DATA=${DEXVLA_DATA_DIR:-data}
 STEPS=${STEPS:-300}
 
 step() { printf '\n==> %s\n' "$*"; }
@@ -14,8 +15,8 @@ step "1/6 environment (.venv)"
 bash scripts/setup.sh
 python=.venv/bin/python
 
-step "2/6 recording demonstrations in the ALOHA simulator (data/$TASK)"
-"$python" aloha_scripts/record_sim_episodes.py --task_name "$TASK" --dataset_dir "data/$TASK" --num_episodes 8 --image_size "(320,240)"
+step "2/6 recording demonstrations in the ALOHA simulator ($DATA/$TASK)"
+"$python" aloha_scripts/record_sim_episodes.py --task_name "$TASK" --dataset_dir "$DATA/$TASK" --num_episodes 8 --image_size "(320,240)"
 
 step "3/6 a tiny Qwen2-VL with random weights ($OUT/base)"
 [ -f "$OUT/base/model.safetensors" ] || "$python" -m qwen2_vla.tiny "$OUT/base"
@@ -45,7 +46,7 @@ step "6/6 pictures"
 cat <<TXT
 
 Done. Where everything is:
-  data/$TASK/    8 recorded episodes (ACT HDF5, JPEG)
+  $DATA/$TASK/    8 recorded episodes (ACT HDF5, JPEG)
   $OUT/stage2, $OUT/stage3             checkpoints, each a complete folder
   $OUT/losses.png                         loss curves of both stages
   $OUT/predicted_vs_recorded.png          a held-out episode: predicted against recorded actions

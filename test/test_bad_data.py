@@ -48,6 +48,8 @@ IMAGE = "observations/images/cam_high"
         (delete("action"), ["action: expected a dataset, found none", "observations"]),
         (delete("observations/qpos"), ["observations/qpos: expected a dataset"]),
         (delete("language_raw"), ["language_raw: expected a dataset"]),
+        (replace("language_raw", lambda _: np.ones(1)), ["language_raw: expected text", "float64"]),
+        (replace("language_raw", lambda _: np.bytes_(b"\xff\xfe")), ["language_raw: expected UTF-8 text"]),
         (delete("substep_reasonings"), ["substep_reasonings: expected one text per frame", "--use_reasoning False"]),
         (delete(IMAGE), [IMAGE, "found only cam_left_wrist, cam_right_wrist"]),
         (delete("observations/images"), [IMAGE, "found only no cameras"]),
@@ -133,6 +135,32 @@ def test_undecodable_jpeg_names_its_frame(tmp_path):
     assert data[2]["images"].any()
     with pytest.raises(DatasetError, match=r"a\.hdf5: observations/images/cam_high, frame 3: expected JPEG"):
         data[3]
+
+
+def test_first_and_last_frame_must_be_jpeg(tmp_path):
+    path = write_episode(tmp_path / "a.hdf5", jpeg=True)
+    with h5py.File(path, "r+") as file:
+        file[IMAGE][-1] = 0
+    with pytest.raises(
+        DatasetError, match=r"cam_high, frame 11: expected JPEG bytes, found bytes that start with \[0, 0\]"
+    ):
+        load_data(str(tmp_path), None, CAMERAS, 4)
+
+
+def test_stats_dir_must_have_the_same_dimensions(tmp_path):
+    write_episode(tmp_path / "a/e.hdf5")
+    write_episode(tmp_path / "b/e.hdf5", dim=7)
+    with pytest.raises(DatasetError, match="b/e.hdf5: action: expected 14 columns"):
+        load_data(str(tmp_path / "a"), None, CAMERAS, 4, stats_dir=str(tmp_path / "b"))
+
+
+def test_a_scalar_instruction_is_fine(tmp_path):
+    path = write_episode(tmp_path / "a.hdf5")
+    with h5py.File(path, "r+") as file:
+        del file["language_raw"]
+        file["language_raw"] = "Fold the shirt."
+    load_data(str(tmp_path), None, CAMERAS, 4)
+    assert Episode(path).instruction == "Fold the shirt."
 
 
 def test_float64_and_one_reasoning_are_fine(tmp_path):

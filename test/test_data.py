@@ -209,7 +209,7 @@ def test_split_is_drawn_on_the_first_folder(tmp_path):
     assert len(validation.episode_paths) == 2 and all(path.startswith(first) for path in validation.episode_paths)
     assert not set(validation.episode_paths) & set(train.episode_paths)
     assert plan.episode_sources == [0, 0, 1, 1, 1] and plan.episode_lengths == [4] * 5
-    assert train.augment and not validation.augment
+    assert train.augment and not validation.augment and validation.center_crop
     every = find_all_hdf5(first) + find_all_hdf5(second)
     assert np.allclose(stats["action_mean"], get_norm_stats(every)["action_mean"])
     again = load_data([first, second], None, CAMERAS, 4, **options)

@@ -1,10 +1,11 @@
 """Configuration, weights, stage-1 heads, freezing and adapters."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data_utils import UserError
 from policy_heads import ConditionalUnet1D, ScaleDP, ScaleDPPolicyConfig, UnetDiffusionPolicyConfig
@@ -145,6 +146,12 @@ def test_a_checkpoints_head_is_kept(tiny_base):
         ({"head_type": "act"}, "--policy_head_type: expected scale_dp_policy or unet"),
         ({"head_size": "ScaleDP_G"}, "--policy_head_size: expected one of ScaleDP_Ti"),
         ({"using_film": False}, "--using_film False: expected --is_tinyvla True"),
+        ({"is_tinyvla": True}, "--is_tinyvla True: expected --using_film False"),
+        (
+            {"head_type": "unet_diffusion_policy", "is_tinyvla": True, "using_film": False},
+            "--is_tinyvla True: expected",
+        ),
+        ({"head_type": "unet_diffusion_policy", "depth": 3}, "_depth, _width and _heads: expected none"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint(options, message):
@@ -173,6 +180,43 @@ def test_incomplete_model_folders(tmp_path, remove, message):
         (tmp_path / "model" / name).unlink()
     with pytest.raises(UserError, match=f"--model_name_or_path .*expected {message}"):
         check_model_folder(str(tmp_path / "model"))
+
+
+def test_damaged_weights(tmp_path):
+    shutil.copytree(ORACLE, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors: expected whole weights"):
+        check_model_folder(str(tmp_path / "model"))
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    shutil.copy(f"{ORACLE}/model.safetensors", weights)
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors: expected whole weights"):
+        check_model_folder(str(tmp_path / "model"))
+
+
+def test_lora_output_of_the_reference_is_refused(tmp_path):
+    shutil.copytree(ORACLE, tmp_path / "model")
+    (tmp_path / "model/non_lora_trainables.bin").touch()
+    with pytest.raises(UserError, match="found the reference's LoRA output"):
+        check_model_folder(str(tmp_path / "model"))
+
+
+def test_a_processor_needs_a_chat_template(tmp_path):
+    shutil.copytree(ORACLE, tmp_path / "model")
+    (tmp_path / "model/chat_template.json").unlink()
+    with pytest.raises(UserError, match="expected a processor with a chat template"):
+        loading.load_processor(str(tmp_path / "model"))
+
+
+def test_a_lost_head_is_not_replaced(model, tmp_path):
+    """A folder whose configuration has a head must have the head's weights."""
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(VLA_MODULES)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="weights are missing"):
+        load_model(str(tmp_path))
 
 
 def test_missing_model_folder(tmp_path):
@@ -251,12 +295,12 @@ def test_quantised_backbone_trains_adapters(tiny_base, bits):
     assert gradients and all(g is not None and g.abs().max() > 0 for g in gradients)
 
 
-@pytest.mark.parametrize("lora, bits, package", [(True, 16, "peft"), (True, 4, "bitsandbytes")])
-def test_missing_packages_are_named(monkeypatch, lora, bits, package):
+@pytest.mark.parametrize("bits, package", [(16, "peft"), (4, "bitsandbytes")])
+def test_missing_packages_are_named(monkeypatch, bits, package):
     find = loading.importlib.util.find_spec
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(UserError, match=f"expected the package {package}"):
-        loading.check_requirements(lora=lora, bits=bits)
+        loading.check_requirements(lora_modules=["llm"], bits=bits)
 
 
 def test_flash_attention_falls_back_and_says_so(capsys):

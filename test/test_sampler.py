@@ -38,7 +38,7 @@ def test_every_frame_once_without_weights():
     ],
 )
 def test_draws_follow_their_distribution(weights, episode_first, expected):
-    sampler = EpisodeSampler(SamplingPlan(LENGTHS, SOURCES, weights), episode_first=episode_first)
+    sampler = EpisodeSampler(SamplingPlan(LENGTHS, SOURCES, weights, episode_first))
     assert torch.allclose(sampler.episode_probabilities(), torch.tensor(expected, dtype=torch.float64))
     indices = draws(sampler, 40)  # 20,000 draws
     counts = Counter(episode_of(i) for i in indices)

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,9 +19,10 @@ from qwen2_vla.arguments import TrainingArguments
 from qwen2_vla.ema import EMACallback
 from qwen2_vla.loading import build_config, load_model
 
-from .helpers import GOLDEN, golden_batch, relative_error
+from .helpers import GOLDEN, golden_batch, relative_error, write_episode
 
 LOSSES = ("loss", "llm_loss", "action_loss")
+NO_SIZE = {"policy_head_depth": None, "policy_head_width": None, "policy_head_heads": None}
 
 
 @pytest.fixture
@@ -114,8 +116,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(train, lora):
     state = json.loads(Path(f"{out}/trainer_state.json").read_text())
     losses = column(out, "eval_loss")
     assert losses[0] < losses[1] and state["best_model_checkpoint"].endswith("checkpoint-2")
-    name = "adapter_model.safetensors" if lora else "model.safetensors"
-    best, saved = load_file(f"{out}/checkpoint-2/{name}"), load_file(f"{out}/{name}")
+    best, saved = load_model(f"{out}/checkpoint-2").state_dict(), load_model(out).state_dict()
     assert all(torch.equal(best[key], saved[key]) for key in best)
 
 
@@ -123,10 +124,27 @@ def test_output_dirs_of_other_runs(train):
     out = train(max_steps=2)
     with pytest.raises(UserError, match="expected no checkpoints of another run, found checkpoint-2"):
         train()
-    with pytest.raises(UserError, match="is another run's: .*delta_control False .asked for: True"):
-        train(resume_from_checkpoint=True, delta_control=True)
+    for change, message in (
+        ({"delta_control": True}, "delta_control False .asked for: True"),
+        ({"chunk_size": 16}, "head.prediction_horizon 8 .asked for: 16"),
+        ({"policy_head_depth": 2}, "head.depth 1 .asked for: 2"),
+        ({"lora_enable": True}, "LoRA False .asked for: True"),
+    ):
+        with pytest.raises(UserError, match=f"is another run's: .*{message}"):
+            train(resume_from_checkpoint=True, **change)
+    stats = Path(f"{out}/checkpoint-2/dataset_stats.json")
+    stats.write_text(json.dumps(json.loads(stats.read_text()) | {"action_mean": [9.0] * 14}))
+    with pytest.raises(UserError, match="is another run's: statistics of other episodes"):
+        train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="--resume_from_checkpoint: expected True or a checkpoint's folder"):
         train("other", resume_from_checkpoint=f"{out}/checkpoint-3")
+
+
+def test_resume_skips_a_checkpoint_that_was_not_written_to_its_end(train, capsys):
+    out = train(max_steps=2)
+    Path(f"{out}/checkpoint-9").mkdir()
+    train(resume_from_checkpoint=True, max_steps=4)
+    assert "checkpoint-9: skipped" in capsys.readouterr().out and len(column(out, "loss")) == 4
 
 
 def test_resume_without_a_checkpoint_starts_anew(train, capsys):
@@ -163,29 +181,87 @@ def test_validation_needs_episodes(train, task, monkeypatch):
         train(eval_strategy="steps")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dataset_dir": []}, "dataset_dir: expected folders"),
+        ({"camera_names": []}, "camera_names: expected a list of names"),
+        ({"camera_names": "top"}, "camera_names: expected a list of names"),
+        ({"train_ratio": "x"}, "train_ratio: expected a number in"),
+        ({"sample_weights": 0.5}, "sample_weights: expected a list of numbers"),
+        ({"name_filter": "x"}, "name_filter: expected a function"),
+    ],
+)
+def test_task_config_values_are_checked(train, task, monkeypatch, change, message):
+    monkeypatch.setitem(TASK_CONFIGS, task, TASK_CONFIGS[task] | change)
+    with pytest.raises(UserError, match=message):
+        train()
+
+
+def test_a_bad_frame_found_in_training_names_itself(train, task, monkeypatch, tmp_path):
+    path = write_episode(tmp_path / "data" / "e.hdf5", 4, jpeg=True)
+    with h5py.File(path, "r+") as file:
+        file["observations/images/cam_high"][1:3] = 0
+    monkeypatch.setitem(TASK_CONFIGS, task, TASK_CONFIGS[task] | {"dataset_dir": str(tmp_path / "data")})
+    with pytest.raises(
+        SystemExit, match=r"error on rank 0: .*e\.hdf5: observations/images/cam_high, frame [12]: expected"
+    ):
+        train(dataloader_num_workers=1)
+
+
 def test_task_config_keys_are_required(train, task, monkeypatch):
     monkeypatch.setitem(TASK_CONFIGS, task, {"dataset_dir": "x"})
     with pytest.raises(UserError, match=r"TASK_CONFIGS\['test_task'\]: expected episode_len, camera_names"):
         train()
 
 
-def test_lora_checkpoint_acts_and_resumes(train, tmp_path):
-    out = train(lora_enable=True, lora_module="vit llm", lora_r=4, lora_alpha=8, non_lora_lr=1e-4)
+@pytest.mark.parametrize("module, bits", [("vit llm", 16), ("di_head", 16), ("llm", 4), ("llm", 8)])
+def test_lora_checkpoints_act_resume_and_end_merged(train, module, bits):
+    flags = {
+        "lora_enable": True,
+        "lora_module": module,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "non_lora_lr": 1e-4,
+        "bits": bits,
+    }
+    out = train(**flags)
     adapters = load_file(f"{out}/checkpoint-4/adapter_model.safetensors")
-    assert any("policy_head" in name for name in adapters) and any("lora_A" in name for name in adapters)
-    assert Qwen2VLAPolicy.from_pretrained(f"{out}/checkpoint-4", device="cpu").stats["action_mean"].shape == (14,)
+    assert any("lora_A" in name for name in adapters)
+    assert any("policy_head.x_embedder.weight" in name for name in adapters) == (module != "di_head")
+    merged = load_file(f"{out}/model.safetensors")  # a plain, complete checkpoint
+    assert not any("lora" in name for name in merged) and not Path(f"{out}/adapter_config.json").exists()
+    policy = Qwen2VLAPolicy.from_pretrained(f"{out}/checkpoint-4", device="cpu")
+    assert policy.stats["action_mean"].shape == (14,)
+    plain = Qwen2VLAPolicy.from_pretrained(out, device="cpu").model.state_dict()
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.allclose(tensor, plain[name], atol=1e-6), name
+
     shutil.rmtree(f"{out}/checkpoint-4")
-    again = train(lora_enable=True, lora_module="vit llm", lora_r=4, lora_alpha=8, non_lora_lr=1e-4,
-                  resume_from_checkpoint=True)  # fmt: skip
+    again = train(**flags, resume_from_checkpoint=True)
     resumed = load_file(f"{again}/checkpoint-4/adapter_model.safetensors")
-    assert all(torch.allclose(adapters[name], resumed[name], atol=1e-6) for name in adapters)
+    assert all(torch.allclose(adapters[name], resumed[name], atol=1e-5) for name in adapters)
+    after = load_file(f"{again}/model.safetensors")
+    assert all(torch.allclose(merged[name], after[name], atol=1e-5) for name in merged)
+
+
+def test_adapters_on_adapters(train):
+    """Stage 3 with LoRA from a LoRA checkpoint of stage 2: nothing of stage 2 is lost."""
+    flags = {"lora_enable": True, "lora_module": "llm", "lora_r": 4, "learning_rate": 1e-2}
+    stage2 = train("stage2", **flags)
+    still = flags | {"learning_rate": 0}
+    stage3 = train("stage3", **NO_SIZE, **still, model_name_or_path=f"{stage2}/checkpoint-4")
+    before, after = load_file(f"{stage2}/model.safetensors"), load_file(f"{stage3}/model.safetensors")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    by_adapters = load_model(f"{stage3}/checkpoint-4").state_dict()
+    assert torch.allclose(by_adapters["policy_head.pos_embed"], before["policy_head.pos_embed"])
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         {"is_tinyvla": True, "using_film": False},
-        {"policy_head_type": "unet_diffusion_policy", "policy_head_depth": None},
+        {"policy_head_type": "unet_diffusion_policy"} | NO_SIZE,
     ],
 )
 def test_other_heads_train(train, flags):
@@ -205,7 +281,6 @@ def make_trainer(model, tmp_path):
         args = TrainingArguments(
             **{key: str(v) if key == "output_dir" else v for key, v in (settings | options).items()}
         )
-        args.episode_first = False
         return QWen2VLATrainer(
             model=model,
             args=args,
