@@ -22,6 +22,7 @@ from qwen2_vla.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
+    head_notes,
     legacy_notes,
     parse_arguments,
 )
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None):
         if training_args.process_index == 0:
             print(line, flush=True)
 
-    for note in legacy_notes(model_args):
+    for note in legacy_notes(model_args) + head_notes(head_args):
         say(note)
 
     # Everything that can be wrong with the input shows here, before any weight is loaded

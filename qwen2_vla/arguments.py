@@ -197,6 +197,15 @@ def legacy_notes(args: LegacyArguments) -> list[str]:
     return [f"--{name} {value} has no effect: {LEGACY_REASONS[name]}" for name, value in given]
 
 
+def head_notes(args: ActionHeadArguments) -> list[str]:
+    """One line per flag that describes another policy head than the one chosen."""
+    if args.policy_head_type == "scale_dp_policy":
+        return []
+    names = ("policy_head_size", "policy_head_depth", "policy_head_width", "policy_head_heads")
+    given = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
+    return [f"--{name} {value} has no effect: it is for scale_dp_policy" for name, value in given]
+
+
 def parse_image_size(text: str | tuple[int, int], flag: str) -> tuple[int, int]:
     """ "(320,240)", "320,240", "320x240" or "480" -> (width, height) in pixels.
 

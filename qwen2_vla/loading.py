@@ -103,8 +103,6 @@ def build_config(
         head |= {key: getattr(present, key) for key in ("num_train_timesteps", "num_inference_timesteps")}
     if is_tinyvla and (using_film or head_type != "scale_dp_policy"):
         raise UserError("--is_tinyvla True: expected --using_film False and --policy_head_type scale_dp_policy too")
-    if head_type != "scale_dp_policy" and any((head_size, depth, width, num_heads)):
-        raise UserError(f"--policy_head_size, _depth, _width and _heads: expected none of them with {head_type}")
     if head_type == "scale_dp_policy":
         if head_size is not None and head_size not in SCALEDP_SIZES:
             raise UserError(f"--policy_head_size: expected one of {', '.join(SCALEDP_SIZES)}, found {head_size}")

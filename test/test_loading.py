@@ -151,7 +151,6 @@ def test_a_checkpoints_head_is_kept(tiny_base):
             {"head_type": "unet_diffusion_policy", "is_tinyvla": True, "using_film": False},
             "--is_tinyvla True: expected",
         ),
-        ({"head_type": "unet_diffusion_policy", "depth": 3}, "_depth, _width and _heads: expected none"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint(options, message):

@@ -261,11 +261,12 @@ def test_adapters_on_adapters(train):
     "flags",
     [
         {"is_tinyvla": True, "using_film": False},
-        {"policy_head_type": "unet_diffusion_policy"} | NO_SIZE,
+        {"policy_head_type": "unet_diffusion_policy"},
     ],
 )
-def test_other_heads_train(train, flags):
+def test_other_heads_train(train, flags, capsys):
     out = train(max_steps=2, **flags)
+    assert ("--policy_head_depth 1 has no effect" in capsys.readouterr().out) == ("policy_head_type" in flags)
     assert len(column(out, "loss")) == 2
     Qwen2VLForConditionalGenerationForVLA.from_pretrained(out)
 
