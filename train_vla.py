@@ -37,10 +37,9 @@ from qwen2_vla.loading import (
     freeze,
     load_model,
     load_processor,
-    load_stage1_head,
     merge_adapters,
-    read_stage1_head,
 )
+from qwen2_vla.stage1 import load_stage1_head, read_stage1_head
 
 
 def main(argv: list[str] | None = None):

@@ -1,4 +1,4 @@
-"""From a folder to a model ready to be trained: configuration, weights, stage-1 head, frozen parts, adapters."""
+"""From a folder to a model ready to be trained: configuration, weights, frozen parts, adapters."""
 
 import importlib.util
 import json
@@ -12,7 +12,6 @@ from torch import nn
 from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -20,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
 
 from data_utils.errors import UserError
-from policy_heads import HEAD_CLASSES, SCALEDP_SIZES
+from policy_heads import SCALEDP_SIZES
 
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
@@ -28,8 +27,6 @@ from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForV
 ADAPTER_CONFIG = "adapter_config.json"
 # The frozen weights under a head's adapters: they come from stage 1 or from initialisation, so no base folder has them
 ADAPTED_HEAD = "adapted_policy_head.safetensors"
-# What a stage-1 head may lack: these layers belong to a robot or to the language model it did not have
-STAGE1_OPTIONAL = ("combine.", "cond_obs_emb.", "x_embedder.", "final_layer.linear.", "norm_after_pool.")
 
 
 def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
@@ -284,73 +281,6 @@ def load_weights(model: Qwen2VLForConditionalGenerationForVLA, folder: str):
             f"checkpoint {folder} does not fit this model: {len(missing)} weights are missing, {len(unexpected)} "
             f"unexpected: {', '.join(sorted(missing | unexpected)[:5])}"
         )
-
-
-def read_stage1_head(path: str, head_config: PreTrainedConfig) -> tuple[dict[str, torch.Tensor], str]:
-    """Reads stage-1 weights, `.ckpt` (`nets.nets`) or `.safetensors`, for a policy head that need not exist yet.
-
-    Returns:
-        the head's tensors under its own names, for `load_state_dict(…, strict=False)`; a line that says how many
-        tensors are taken, dropped and left at their initial value.
-
-    Raises:
-        UserError: for an unreadable file, or naming the shapes when depth, width or horizon do not fit.
-    """
-    stored = _read_stage1(path)
-    found = {
-        name.removeprefix("noise_pred_net."): tensor
-        for name, tensor in stored.items()
-        if "noise_pred" in name and "cond_obs_emb" not in name
-    }
-    with torch.device("meta"):  # by its class, since under ZeRO-3 AutoModel would shard it
-        own = HEAD_CLASSES[head_config.model_type](head_config).state_dict()
-    wrong = [
-        f"{name}: expected {tuple(own[name].shape) if name in own else 'no such tensor'}, found {tuple(tensor.shape)}"
-        for name, tensor in found.items()
-        if name not in own or own[name].shape != tensor.shape
-    ]
-    wrong += [
-        f"{name}: expected {tuple(tensor.shape)}, found nothing"
-        for name, tensor in own.items()
-        if name not in found and not name.startswith(STAGE1_OPTIONAL)
-    ]
-    if wrong:
-        raise UserError(
-            f"--pretrain_dit_path {path} does not fit the policy head ({len(wrong)} tensors). Is --policy_head_size or "
-            f"--chunk_size another one? {'; '.join(wrong[:4])}"
-        )
-    return found, (
-        f"stage-1 head {path}: {len(found)} tensors taken, {len(stored) - len(found)} dropped, "
-        f"{len(own) - len(found)} left at their initial value"
-    )
-
-
-def load_stage1_head(head: nn.Module, tensors: dict[str, torch.Tensor]):
-    """Puts what `read_stage1_head` returned into the model's policy head, also when ZeRO-3 has sharded it."""
-    if not is_deepspeed_zero3_enabled():
-        head.load_state_dict(tensors, strict=False)
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):
-        head.load_state_dict(tensors, strict=False)
-
-
-def _read_stage1(path: str) -> dict[str, torch.Tensor]:
-    if not os.path.isfile(path):
-        raise UserError(f"--pretrain_dit_path: expected a .ckpt or .safetensors file, found none at {path}")
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises anything from EOFError to UnpicklingError
-        raise UserError(f"--pretrain_dit_path {path}: expected a file of tensors, found {error}") from error
-    for _ in range(2):
-        stored = stored.get("nets", {}) if isinstance(stored, dict) else {}
-    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"--pretrain_dit_path {path}: expected weights under ['nets']['nets'], found none")
-    return tensors
 
 
 def freeze(model: Qwen2VLForConditionalGenerationForVLA, *, backbone: bool = False, vision_tower: bool = False):

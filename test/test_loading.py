@@ -16,11 +16,10 @@ from qwen2_vla.loading import (
     check_model_folder,
     freeze,
     load_model,
-    load_stage1_head,
     lora_targets,
-    read_stage1_head,
 )
 from qwen2_vla.modeling_qwen2_vla import VLA_MODULES
+from qwen2_vla.stage1 import load_stage1_head, read_stage1_head
 
 from .helpers import GOLDEN, golden, golden_batch, old_name
 
