@@ -108,7 +108,7 @@ def get_task(name: str | None) -> dict:
     folders = task["dataset_dir"]
     for key, fine, expected in (
         ("dataset_dir", folders and all(isinstance(d, str | os.PathLike) for d in as_list(folders)), "folders"),
-        ("camera_names", as_list(task["camera_names"]) == task["camera_names"] != [], "a list of names"),
+        ("camera_names", isinstance(task["camera_names"], list | tuple) and task["camera_names"], "a list of names"),
         ("train_ratio", isinstance(task.get("train_ratio", 1), int | float) and 0 < task.get("train_ratio", 1) <= 1,
          "a number in (0, 1]"),
         ("sample_weights", task.get("sample_weights") is None or isinstance(task["sample_weights"], list | tuple),

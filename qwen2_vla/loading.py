@@ -16,6 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
 
 from data_utils.errors import UserError
@@ -215,13 +216,17 @@ def load_model(
     if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         model = Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
     else:
-        model = _load_and_merge(folder, config)
+        if bits < 16:
+            raise UserError(f"--bits {bits}: expected a plain checkpoint, found the adapters of a LoRA run in {folder}")
+        model = _load_and_merge(folder, config, attn_implementation).to(dtype)
     # where adapters trained on this model will find it again
     model.name_or_path = os.path.abspath(folder)
     return model
 
 
-def _load_and_merge(folder: str, config: Qwen2VLAConfig | None) -> Qwen2VLForConditionalGenerationForVLA:
+def _load_and_merge(
+    folder: str, config: Qwen2VLAConfig | None, attn_implementation: str
+) -> Qwen2VLForConditionalGenerationForVLA:
     """Base and adapters as one model, fp32; the base may itself be a folder of adapters."""
     from peft import PeftConfig, PeftModel
 
@@ -229,19 +234,17 @@ def _load_and_merge(folder: str, config: Qwen2VLAConfig | None) -> Qwen2VLForCon
     base_folder = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base_folder or not os.path.isdir(base_folder):
         raise UserError(f"{folder}: expected its base model (adapter_config.json), found no folder {base_folder}")
-    base = load_model(base_folder, config)
+    base = load_model(base_folder, config, attn_implementation=attn_implementation)
     load_adapted_head(base, folder)
     return PeftModel.from_pretrained(base, folder).merge_and_unload()
 
 
 def save_adapted_head(model: nn.Module, folder: str):
     """Saves the frozen weights under the head's adapters; nothing to do for a head that is fully trained."""
-    marker = ".base_layer."
-    frozen = {name: p for name, p in model.named_parameters() if "policy_head." in name and not p.requires_grad}
     frozen = {
-        name[name.index("policy_head.") :].removeprefix("policy_head.").replace(marker, "."): p.detach().cpu()
-        for name, p in frozen.items()
-        if "original_module" not in name
+        name.partition("policy_head.")[2].replace(".base_layer.", "."): p.detach().cpu()
+        for name, p in model.named_parameters()
+        if "policy_head." in name and not p.requires_grad and "original_module" not in name
     }
     if frozen:
         save_file(frozen, os.path.join(folder, ADAPTED_HEAD))
@@ -258,7 +261,8 @@ def load_adapted_head(model: nn.Module, folder: str):
 
 
 def merge_adapters(folder: str):
-    """Turns a folder of adapters into a plain checkpoint, in place."""
+    """Turns a folder of adapters into a plain checkpoint, in place. One rank does it, after training."""
+    unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
     merged = load_model(folder)
     merged.save_pretrained(folder)
     for name in (ADAPTER_CONFIG, ADAPTED_HEAD, "adapter_model.safetensors", "README.md"):

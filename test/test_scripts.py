@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from policy_heads import ScaleDP, ScaleDPPolicyConfig
 from qwen2_vla import Qwen2VLAPolicy
+from qwen2_vla.loading import load_model
 
 from .helpers import ROOT, run, write_episode
 
@@ -130,3 +131,13 @@ def test_mistakes_are_one_line(script, tiny_base):
         pattern = re.escape(message).replace(r"\.\*", ".*")
         assert re.search(pattern, output), output
         assert "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_adapters_of_two_processes_end_merged(script, zero):
+    flags = ["--lora_enable", "True", "--lora_module", "llm", "--lora_r", "4"]
+    output, folder = script("train_dexvla_stage2.sh", *flags, NUM_DEVICES=2, ZERO=f"scripts/{zero}.json")
+    assert "saved to" in output, output[-3000:]
+    policy = Qwen2VLAPolicy.from_pretrained(folder, device="cpu")
+    merged = load_model(f"{folder}/checkpoint-2").state_dict()
+    assert all(torch.allclose(p, merged[name], atol=1e-6) for name, p in policy.model.state_dict().items())

@@ -253,6 +253,9 @@ def test_adapters_on_adapters(train):
     stage3 = train("stage3", **NO_SIZE, **still, model_name_or_path=f"{stage2}/checkpoint-4")
     before, after = load_file(f"{stage2}/model.safetensors"), load_file(f"{stage3}/model.safetensors")
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(UserError, match="--bits 4: expected a plain checkpoint, found the adapters"):
+        load_model(f"{stage2}/checkpoint-4", bits=4)
+    assert load_model(f"{stage2}/checkpoint-4", dtype=torch.bfloat16).dtype == torch.bfloat16
     by_adapters = load_model(f"{stage3}/checkpoint-4").state_dict()
     assert torch.allclose(by_adapters["policy_head.pos_embed"], before["policy_head.pos_embed"])
 
