@@ -113,6 +113,8 @@ def get_task(name: str | None) -> dict:
          "a number in (0, 1]"),
         ("sample_weights", task.get("sample_weights") is None or isinstance(task["sample_weights"], list | tuple),
          "a list of numbers, one per dataset_dir"),
+        ("camera_map", isinstance(task.get("camera_map") or {}, dict)
+         and set(task.get("camera_map") or {}) <= set(task["camera_names"]), "a dict with keys of camera_names"),
         ("name_filter", task.get("name_filter") is None or callable(task["name_filter"]), "a function path -> bool"),
     ):  # fmt: skip
         if not fine:
@@ -166,25 +168,29 @@ def prepare_data(
         image_size_wrist=data_args.image_size_wrist,
         use_reasoning=data_args.use_reasoning,
     )
-    train_set, validation_set, stats, plan = load_data(
-        task["dataset_dir"],
-        task.get("name_filter"),
-        task["camera_names"],
-        data_args.chunk_size,
-        stats_dir=task.get("stats_dir"),
-        sample_weights=task.get("sample_weights"),
-        train_ratio=task.get("train_ratio", 0.999),
-        episode_first=data_args.episode_first,
-        skip_mirrored_data=data_args.skip_mirrored_data,
-        action_dim=head_args.action_dim,
-        state_dim=head_args.state_dim,
-        augment=data_args.augment,
-        transform=transform,
-        show_progress=training_args.process_index == 0,
-        image_size_stable=data_args.image_size_stable,
-        use_reasoning=data_args.use_reasoning,
-        delta_control=data_args.delta_control,
-    )
+    # The first rank of a machine reads the episodes and keeps what it found, the others take that
+    with training_args.main_process_first(desc="checking episodes"):
+        train_set, validation_set, stats, plan = load_data(
+            task["dataset_dir"],
+            task.get("name_filter"),
+            task["camera_names"],
+            data_args.chunk_size,
+            stats_dir=task.get("stats_dir"),
+            camera_map=task.get("camera_map"),
+            sample_weights=task.get("sample_weights"),
+            train_ratio=task.get("train_ratio", 0.999),
+            episode_first=data_args.episode_first,
+            skip_mirrored_data=data_args.skip_mirrored_data,
+            action_dim=head_args.action_dim,
+            state_dim=head_args.state_dim,
+            augment=data_args.augment,
+            transform=transform,
+            show_progress=training_args.process_index == 0,
+            image_size_stable=data_args.image_size_stable,
+            use_reasoning=data_args.use_reasoning,
+            delta_control=data_args.delta_control,
+            history_images_length=data_args.history_images_length,
+        )
     if validation_set is None and training_args.eval_strategy != "no":
         raise UserError(
             f"--eval_strategy {training_args.eval_strategy}: expected validation episodes, found none: "
@@ -227,6 +233,7 @@ def prepare_config(
             "use_reasoning": data_args.use_reasoning,
             "delta_control": data_args.delta_control,
             "augment": data_args.augment,
+            "history_images_length": data_args.history_images_length,
         },
     )
 
@@ -238,7 +245,8 @@ def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig, stats: dict, 
 
     def settings(config: Qwen2VLAConfig) -> dict:
         head = config.policy_head_config.to_dict()
-        return (config.data_config or {}) | {"using_film": config.using_film} | {f"head.{k}": head[k] for k in head}
+        data = {"history_images_length": 1} | (config.data_config or {})  # older checkpoints know images only
+        return data | {"using_film": config.using_film} | {f"head.{k}": head[k] for k in head}
 
     before, now = settings(Qwen2VLAConfig.from_pretrained(checkpoint)), settings(config)
     differences = [f"{key} {before.get(key)} (asked for: {now[key]})" for key in now if before.get(key) != now[key]]

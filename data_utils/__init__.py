@@ -3,8 +3,9 @@ import cv2
 from .augment import Augmentation, center_crop
 from .collator import Qwen2VLADataCollatorForSupervisedDataset
 from .dataset import EpisodicDataset, SamplingPlan, get_norm_stats, load_data
-from .episodes import Episode, check_episode, check_episodes, find_all_hdf5
-from .errors import DatasetError, UserError
+from .episodes import Episode, find_all_hdf5, find_episodes, open_episode, stored_camera
+from .errors import DatasetError, Finding, UserError
+from .index import check_episodes, summarize_all
 from .normalization import (
     load_stats,
     normalize_action,
@@ -24,19 +25,23 @@ __all__ = [
     "Episode",
     "EpisodeSampler",
     "EpisodicDataset",
+    "Finding",
     "Qwen2VLADataCollatorForSupervisedDataset",
     "SamplingPlan",
     "UserError",
     "center_crop",
-    "check_episode",
     "check_episodes",
     "find_all_hdf5",
+    "find_episodes",
     "get_norm_stats",
     "load_data",
     "load_stats",
     "normalize_action",
     "normalize_state",
+    "open_episode",
     "save_stats",
+    "stored_camera",
+    "summarize_all",
     "unnormalize_action",
     "unnormalize_state",
 ]

@@ -8,7 +8,8 @@ import numpy as np
 CROP = 0.95  # of each side
 MAX_ANGLE = 5.0  # degrees
 BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
-_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601 luma
+_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma
+_EYE = np.eye(3)
 
 
 @dataclass
@@ -39,45 +40,43 @@ class Augmentation:
             order=tuple(rng.permutation(3).tolist()),
         )
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> the same shape."""
-        image = self._warp(image)
+    def __call__(self, image: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> the same shape, or `size` (width, height)."""
+        image = self._warp(image, size or image.shape[1::-1])
         steps = (self._adjust_brightness, self._adjust_contrast, self._adjust_saturation)
         for step in self.order:
             image = steps[step](image)
         return image
 
-    def _warp(self, image: np.ndarray) -> np.ndarray:
+    def _warp(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Crop, resize and rotation in one. It reads the crop only, so what rotation brings in is black."""
         height, width = image.shape[:2]
         crop_height, crop_width = int(height * CROP), int(width * CROP)
         top = int(self.top * (height - crop_height + 1))
         left = int(self.left * (width - crop_width + 1))
         crop = image[top : top + crop_height, left : left + crop_width]
-        # Resize back and rotate in one warp. It reads the crop only, so what rotation brings in is black.
-        resize = np.array(
-            [
-                [width / crop_width, 0, (width / crop_width - 1) / 2],
-                [0, height / crop_height, (height / crop_height - 1) / 2],
-                [0, 0, 1],
-            ]
-        )
-        rotate = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), self.angle, 1.0)
-        return cv2.warpAffine(crop, rotate @ resize, (width, height), flags=cv2.INTER_LINEAR)
+        # rotated at the image's own size, about its centre; then scaled to `size`
+        rotate = np.vstack([cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), self.angle, 1.0), [0, 0, 1]])
+        matrix = _scale((width, height), size) @ rotate @ _scale((crop_width, crop_height), (width, height))
+        return cv2.warpAffine(crop, matrix[:2], size, flags=cv2.INTER_LINEAR)
+
+    # cv2.transform rounds and keeps to 0 .. 255 after every step, as the reference does
 
     def _adjust_brightness(self, image: np.ndarray) -> np.ndarray:
-        return cv2.LUT(image, _table(self.brightness, 0.0))
+        return cv2.transform(image, self.brightness * _EYE)
 
     def _adjust_contrast(self, image: np.ndarray) -> np.ndarray:
-        mean = float(np.dot(cv2.mean(image)[:3], _GREY))
-        return cv2.LUT(image, _table(self.contrast, (1 - self.contrast) * mean))
+        mean = np.dot(cv2.mean(image)[:3], _GREY)
+        return cv2.transform(image, np.column_stack([self.contrast * _EYE, np.full(3, (1 - self.contrast) * mean)]))
 
     def _adjust_saturation(self, image: np.ndarray) -> np.ndarray:
-        mix = self.saturation * np.eye(3, dtype=np.float32) + (1 - self.saturation) * _GREY[None]
-        return cv2.transform(image, mix)
+        return cv2.transform(image, self.saturation * _EYE + (1 - self.saturation) * _GREY)
 
 
-def _table(gain: float, offset: float) -> np.ndarray:
-    return np.clip(np.arange(256) * gain + offset, 0, 255).astype(np.uint8)
+def _scale(old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """The resize from `old` to `new` (width, height) as a matrix; a pixel's centre is at half its width."""
+    x, y = new[0] / old[0], new[1] / old[1]
+    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:

@@ -14,26 +14,28 @@ class Qwen2VLADataCollatorForSupervisedDataset:
     The batch (B items, L the longest sequence, K cameras, T action rows):
         input_ids (B, L) int64, left-padded with `pad_token_id` · attention_mask (B, L) int64, 0 on padding ·
         labels (B, L) int64, -100 but on the answer · mm_token_type_ids (B, L) int64, 1 on image tokens ·
-        pixel_values (patches of all B*K images, 1176) float32, normalised · image_grid_thw (B*K, 3) int64 ·
+        images list of K (B, F, h, w, 3) uint8 RGB on Qwen2-VL's grid, F frames (1 without history), which the model
+            normalises and cuts into patches · image_grid_thw (B*K, 3) int64, `video_grid_thw` for F > 1 ·
         states (B, S) float32 · actions (B, T, A) float32 in [-1, 1] · is_pad (B, T) bool ·
         logits_to_keep int: the longest answer plus one, so that no prompt position gets logits
     """
 
     pad_token_id: int
 
-    def __call__(self, items: list[dict]) -> dict[str, Tensor | int]:
+    def __call__(self, items: list[dict]) -> dict[str, Tensor | list[Tensor] | int]:
         def pad(key: str, value: int) -> Tensor:
             return pad_sequence([item[key] for item in items], True, value, padding_side="left")  # (B, L)
 
         lengths = torch.tensor([len(item["input_ids"]) for item in items])  # (B,)
         longest = int(lengths.max())
+        grid = "video_grid_thw" if "video_grid_thw" in items[0] else "image_grid_thw"
         batch = {
             "input_ids": pad("input_ids", self.pad_token_id),
             # by length, not by `!= pad_token_id`: a tokenizer may use one token for padding and as text
             "attention_mask": (torch.arange(longest) >= (longest - lengths)[:, None]).long(),
             "mm_token_type_ids": pad("mm_token_type_ids", 0),
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
-            "image_grid_thw": torch.cat([item["image_grid_thw"] for item in items]),
+            "images": [torch.stack(images) for images in zip(*(item["images"] for item in items), strict=True)],
+            grid: torch.cat([item[grid] for item in items]),
             "states": torch.stack([item["state"] for item in items]),
         }
         if "labels" in items[0]:

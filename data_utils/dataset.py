@@ -10,11 +10,14 @@ import torch
 from torch.utils.data import Dataset
 
 from .augment import Augmentation, center_crop
-from .episodes import EpisodeCache, EpisodeSummary, check_episodes, find_all_hdf5, open_episode
+from .episodes import Episode, OpenFiles, find_episodes, open_episode, stored_camera
 from .errors import DatasetError
+from .index import check_episodes, summarize_all
 from .normalization import Moments, make_norm_stats, normalize_action, normalize_state
+from .summary import EpisodeSummary
 
 SPLIT_SEED = 1  # the reference splits after seeding numpy with 1
+OPEN_EPISODES = 64  # per process
 
 
 class EpisodicDataset(Dataset):
@@ -23,14 +26,18 @@ class EpisodicDataset(Dataset):
     An item without `transform` (K cameras, S state and A action dimensions, T = `chunk_size`):
         images (K, 3, h, w) uint8 RGB · state (S,) float32 normalised · action (T, A) float32 in [-1, 1] ·
         is_pad (T,) bool, True beyond the episode's end · raw_lang str · reasoning str ("" without `use_reasoning`)
+    With `history_images_length` F > 1, images are (K, F, 3, h, w): the F - 1 frames before, then the current one.
 
     Args:
-        episode_paths: HDF5 files, layout in README.md. camera_names: K cameras, in the order the model sees them.
+        episode_paths: HDF5 files, layout in README.md, or episodes of LeRobot datasets (`<folder>/episode_000012`).
+        camera_names: K cameras, in the order the model sees them. camera_map: their names in the files, where they
+            differ: name -> name or list of names.
         norm_stats: what `get_norm_stats` returns. image_size_stable: (width, height) every frame is resized to.
         delta_control: actions become differences to the next row; the last real row becomes 0.
         augment: random crop, rotation and colours, one draw per item. center_crop: the middle 95 % instead, which is
             what a policy trained with augmentation sees when it acts.
-        transform: item -> what the collator takes, e.g. a `Qwen2VLAProcess`.
+        transform: item -> what the collator takes, e.g. a `Qwen2VLAProcess`. If it has `grid_sizes`, augmented images
+            come in the sizes that names, resized in the same warp that crops and rotates them.
         episode_lengths: frames per episode, if known; read from the files otherwise.
     """
 
@@ -46,6 +53,8 @@ class EpisodicDataset(Dataset):
         delta_control: bool = False,
         augment: bool = False,
         center_crop: bool = False,
+        history_images_length: int = 1,
+        camera_map: dict[str, str | list[str]] | None = None,
         transform: Callable[[dict], dict] | None = None,
         episode_lengths: list[int] | None = None,
     ):
@@ -58,10 +67,22 @@ class EpisodicDataset(Dataset):
         self.delta_control = delta_control
         self.augment = augment
         self.center_crop = center_crop
+        self.history = history_images_length
+        self.camera_map = camera_map
         self.transform = transform
-        self.episode_lengths = np.asarray(episode_lengths or [_length(path) for path in self.episode_paths])
+        self.augmented_sizes = self._augmented_sizes()
+        self.episode_lengths = np.asarray(episode_lengths or [len(open_episode(path)) for path in self.episode_paths])
         self.episode_ends = self.episode_lengths.cumsum()
-        self.episodes = EpisodeCache()
+        self.episodes = OpenFiles(open_episode, OPEN_EPISODES)
+
+    def _augmented_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of every camera after augmentation: those of the model's grid, unless so much smaller that
+        the warp, which looks at four pixels only, would skip some."""
+        if not hasattr(self.transform, "grid_sizes"):
+            return [self.image_size] * len(self.camera_names)
+        width, height = self.image_size
+        grid_sizes = self.transform.grid_sizes(self.image_size)
+        return [(w, h) if 2 * w >= width and 2 * h >= height else self.image_size for w, h in grid_sizes]
 
     def __len__(self) -> int:
         return int(self.episode_ends[-1]) if len(self.episode_ends) else 0
@@ -80,22 +101,42 @@ class EpisodicDataset(Dataset):
             raise IndexError(f"item {index} of {len(self)}")
         path, t = self.locate(index % len(self))
         episode = self.episodes[path]
-        frames = [cv2.resize(episode.frame(camera, t), self.image_size) for camera in self.camera_names]  # (h, w, 3)
-        if self.augment:
-            augmentation = Augmentation.draw(np.random.default_rng(draw or int(torch.randint(2**62, ()))))
-            frames = [augmentation(frame) for frame in frames]
-        elif self.center_crop:
-            frames = [center_crop(frame) for frame in frames]
         action, is_pad = self._action_chunk(episode.action, t, episode.sim)
         item = {
-            "images": torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2),  # (K, 3, h, w)
+            "images": self._images(episode, t, draw),
             "state": torch.from_numpy(normalize_state(episode.qpos[t], self.norm_stats)),
             "action": torch.from_numpy(normalize_action(action, self.norm_stats)),
             "is_pad": torch.from_numpy(is_pad),
-            "raw_lang": episode.instruction,
-            "reasoning": episode.reasoning(t) if self.use_reasoning else "",
+            "raw_lang": episode.instruction(t),
+            "reasoning": episode.reasoning(t) or "" if self.use_reasoning else "",
         }
-        return self.transform(item) if self.transform else item
+        if self.transform:
+            return self.transform(item)
+        item["images"] = torch.stack(item["images"])
+        return item if self.history > 1 else item | {"images": item["images"].squeeze(1)}
+
+    def _images(self, episode: Episode, t: int, draw: tuple[int, ...] | None) -> list[torch.Tensor]:
+        """One tensor (F, 3, h, w) uint8 per camera: the frames up to `t`."""
+        augmentation = None
+        if self.augment:
+            augmentation = Augmentation.draw(np.random.default_rng(draw or int(torch.randint(2**62, ()))))
+        images = []
+        for camera, augmented_size in zip(self.camera_names, self.augmented_sizes):
+            stored = stored_camera(camera, episode.camera_names, self.camera_map)
+            if stored is None:
+                found = ", ".join(episode.camera_names) or "none"
+                raise DatasetError(f"{episode.path}: expected a camera {camera}, found {found}")
+            frames = []
+            for frame in episode.frames(stored, t, self.history, self.image_size):
+                frame = cv2.resize(frame, self.image_size)
+                if augmentation:
+                    frame = augmentation(frame, augmented_size)
+                elif self.center_crop:
+                    frame = center_crop(frame)
+                frames.append(frame)
+            stacked = frames[0][None] if self.history == 1 else np.stack(frames)  # (F, h, w, 3)
+            images.append(torch.from_numpy(stacked).permute(0, 3, 1, 2))
+        return images
 
     def _action_chunk(self, action: np.ndarray, t: int, sim: bool) -> tuple[np.ndarray, np.ndarray]:
         """Actions (N, A) of an episode -> the T rows from `t` on, zero-padded, and the padding mask (T,)."""
@@ -109,24 +150,21 @@ class EpisodicDataset(Dataset):
         return chunk, np.arange(self.chunk_size) >= len(rows)
 
 
-def _length(path: str) -> int:
-    with open_episode(path) as file:
-        return len(file["action"])
-
-
 def get_norm_stats(episode_paths: Iterable[str]) -> dict[str, np.ndarray]:
     """Statistics over all frames of the episodes: mean, std (unbiased, >= 0.01), min and max of actions, mean and std
     of qpos; float32 (D,). `example_qpos` is the last episode's."""
-    return _stats_of(check_episodes([str(path) for path in episode_paths]))
+    summaries = summarize_all([str(path) for path in episode_paths])
+    check_episodes(summaries)
+    return _stats_of(summaries)
 
 
 def _stats_of(summaries: dict[str, EpisodeSummary]) -> dict[str, np.ndarray]:
     def total(moments: list[Moments]) -> Moments:
         return sum(moments[1:], start=moments[0])
 
-    last = list(summaries)[-1]
-    with open_episode(last) as file:
-        example_qpos = file["observations/qpos"][()]
+    last = open_episode(list(summaries)[-1])
+    example_qpos = last.qpos
+    last.close()
     return make_norm_stats(
         total([summary.action for summary in summaries.values()]),
         total([summary.qpos for summary in summaries.values()]),
@@ -160,6 +198,7 @@ def load_data(
     state_dim: int | None = None,
     augment: bool = True,
     transform: Callable[[dict], dict] | None = None,
+    camera_map: dict[str, str | list[str]] | None = None,
     show_progress: bool = True,
     **dataset_options,
 ) -> tuple[EpisodicDataset, EpisodicDataset | None, dict[str, np.ndarray], SamplingPlan]:
@@ -167,6 +206,8 @@ def load_data(
 
     The validation episodes are drawn from the first directory alone; the others are training data. `dataset_options`
     go to `EpisodicDataset`.
+
+    What was found in the episodes is kept between runs (see `summarize_all`).
 
     Returns:
         training set, validation set (None when the split leaves nothing for it), statistics, sampling plan.
@@ -184,7 +225,7 @@ def load_data(
         )
 
     def episodes_in(folder: str) -> list[str]:
-        found = find_all_hdf5(folder, skip_mirrored_data)
+        found = find_episodes(folder, skip_mirrored_data)
         keep_all = name_filter is None or folder not in dirs  # a stats_dir of its own is taken whole
         paths = [path for path in found if keep_all or name_filter(path)]
         if not paths:
@@ -199,24 +240,26 @@ def load_data(
     train = [(first[i], 0) for i in order[:num_train]]
     train += [(path, source) for source, folder in enumerate(dirs[1:], start=1) for path in paths_of[folder]]
 
+    summaries: dict[str, EpisodeSummary] = {}
+    for folder, paths in paths_of.items():
+        summaries |= summarize_all(paths, folder, show_progress)
+    in_use = dict.fromkeys([path for path, _ in train] + validation)
+    stats_paths = dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder])
     use_reasoning = dataset_options.get("use_reasoning", True)
-    in_use = list(dict.fromkeys([path for path, _ in train] + validation))
-    summaries = check_episodes(in_use, camera_names, use_reasoning, action_dim, state_dim, show_progress)
-    stats_paths = list(dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder]))
-    first_summary = next(iter(summaries.values()))
-    others = check_episodes(
-        [path for path in stats_paths if path not in summaries],
+    check_episodes({p: summaries[p] for p in in_use}, camera_names, use_reasoning, action_dim, state_dim, camera_map)
+    first_summary = summaries[train[0][0]]
+    check_episodes(
+        {path: summaries[path] for path in stats_paths},
         action_dim=first_summary.action.dim,
         state_dim=first_summary.qpos.dim,
-        show_progress=show_progress,
     )
-    stats = _stats_of({path: (summaries | others)[path] for path in stats_paths})
+    stats = _stats_of({path: summaries[path] for path in stats_paths})
 
     def dataset(paths: list[str], **images) -> EpisodicDataset:
         lengths = [summaries[path].length for path in paths]
         return EpisodicDataset(
             paths, camera_names, stats, chunk_size,
-            **images, transform=transform, episode_lengths=lengths, **dataset_options,
+            **images, transform=transform, camera_map=camera_map, episode_lengths=lengths, **dataset_options,
         )  # fmt: skip
 
     train_set = dataset([path for path, _ in train], augment=augment)

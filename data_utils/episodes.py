@@ -1,243 +1,157 @@
-"""ACT-style HDF5 episodes: finding, checking and reading them one frame at a time."""
+"""Episodes, whatever file holds them: what they offer, where they are, and which of them are open.
+
+An episode is named by a path: of its HDF5 file, or `<LeRobot folder>/episode_000012`, which need not be a file.
+"""
 
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from pathlib import Path
 
-import cv2
-import h5py
 import numpy as np
-from tqdm import tqdm
 
 from .errors import DatasetError
-from .normalization import Moments
 
-IMAGES = "observations/images"
-JPEG_START = (0xFF, 0xD8)
+CAMERA_PREFIX = "observation.images."  # of LeRobot's feature names
 
 
-def find_all_hdf5(dataset_dir: str | os.PathLike, skip_mirrored_data: bool = False) -> list[str]:
-    """Sorted paths of all `*.hdf5` below `dataset_dir`.
+class Episode(ABC):
+    """An open episode of N frames. Small arrays are in memory, images are read frame by frame.
 
-    Names that contain `features`, folders that contain `pointcloud` and, on request, names that contain `mirror` are
-    skipped, as in the reference.
+    Attributes:
+        action: (N, A) float32. qpos: (N, S) float32, proprioception. Both in the robot's units.
+        sim: whether action[t] already answers observation t. A real robot's recording lags one step (False).
+        camera_names: as the file calls them.
+        compressed: whether a frame must be decoded.
+    """
+
+    path: str
+    action: np.ndarray
+    qpos: np.ndarray
+    sim: bool
+    camera_names: list[str]
+    compressed: bool
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    @abstractmethod
+    def frame(self, camera: str, t: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Frame `t` of `camera` (a name of `camera_names`): (H, W, 3) uint8, RGB.
+
+        With `size` (width, height) a format that can decode to less does so, down to that size at the least; the
+        caller still resizes.
+
+        Raises:
+            DatasetError: naming file, camera and frame that cannot be decoded.
+        """
+
+    def frames(self, camera: str, t: int, count: int = 1, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """The `count` frames up to and with `t`; the first frame stands in for those before it."""
+        return [self.frame(camera, max(time, 0), size) for time in range(t - count + 1, t + 1)]
+
+    @abstractmethod
+    def instruction(self, t: int) -> str:
+        """The task in words at frame `t`."""
+
+    @abstractmethod
+    def reasoning(self, t: int) -> str | None:
+        """The sub-step reasoning at frame `t`; None without such labels."""
+
+    @abstractmethod
+    def close(self):
+        """Releases the files."""
+
+
+def lerobot_folder(path: str | os.PathLike) -> Path | None:
+    """The LeRobot dataset that the episode `path` belongs to, if it does."""
+    folder = Path(path).parent
+    return folder if is_lerobot(folder) else None
+
+
+def is_lerobot(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / "meta" / "info.json").is_file()
+
+
+def open_episode(path: str | os.PathLike) -> Episode:
+    """Opens an episode of any format.
+
+    Raises:
+        DatasetError: when there is none, or its file is unreadable.
+    """
+    from .hdf5 import Hdf5Episode
+    from .lerobot import LeRobotEpisode
+
+    return LeRobotEpisode(path) if lerobot_folder(path) else Hdf5Episode(path)
+
+
+def find_episodes(dataset_dir: str | os.PathLike, skip_mirrored_data: bool = False) -> list[str]:
+    """Sorted paths of all episodes below `dataset_dir`: `*.hdf5` files and those of LeRobot datasets.
+
+    Of HDF5 files, names that contain `features`, folders that contain `pointcloud` and, on request, names that contain
+    `mirror` are skipped, as in the reference.
 
     Raises:
         DatasetError: when the folder does not exist or holds no episode.
     """
+    from .lerobot import LeRobotDataset
+
     if not os.path.isdir(dataset_dir):
-        raise DatasetError(f"dataset_dir {dataset_dir}: expected a folder with *.hdf5 episodes, found no such folder")
+        raise DatasetError(f"dataset_dir {dataset_dir}: expected a folder with episodes, found no such folder")
     paths = []
-    for folder, _, names in os.walk(dataset_dir, followlinks=True):
+    for folder, subfolders, names in os.walk(dataset_dir, followlinks=True):
+        if is_lerobot(folder):
+            subfolders.clear()
+            paths += LeRobotDataset.at(folder).episode_paths()
+            continue
         for name in names:
             skipped = "features" in name or "pointcloud" in folder or (skip_mirrored_data and "mirror" in name)
             if name.endswith(".hdf5") and not skipped:
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise DatasetError(f"dataset_dir {dataset_dir}: expected *.hdf5 episodes, found none")
+        raise DatasetError(
+            f"dataset_dir {dataset_dir}: expected *.hdf5 episodes or a LeRobot dataset (meta/info.json), found none"
+        )
     return sorted(paths)
 
 
-def open_episode(path: str | os.PathLike) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DatasetError(
-            f"{path}: expected a readable HDF5 file, found a truncated or other one ({error})"
-        ) from error
+find_all_hdf5 = find_episodes  # the reference's name
 
 
-def as_text(value) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+def stored_camera(name: str, available: list[str], camera_map: dict[str, str | list[str]] | None = None) -> str | None:
+    """The name under which an episode with the cameras `available` keeps what `camera_names` calls `name`: itself, or
+    what `camera_map` lists for it. LeRobot's prefix `observation.images.` may be left out."""
+    others = (camera_map or {}).get(name, [])
+    for candidate in [*([others] if isinstance(others, str) else others), name]:
+        candidate = candidate.removeprefix(CAMERA_PREFIX)
+        if candidate in available:
+            return candidate
+    return None
 
 
-class Episode:
-    """An open episode. Small arrays are in memory, images are read frame by frame.
+class OpenFiles:
+    """What was opened most recently, by its key; the rest is closed. Every process opens its own: file handles do not
+    survive a fork. (`lerobot.py` keeps videos and tables so, `dataset.py` episodes.)"""
 
-    Attributes:
-        action: (N, A) float32. qpos: (N, S) float32. sim: whether action[t] already answers observation t.
-        instruction: the task in words. reasonings: one text per frame, or one for all, or None.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = str(path)
-        self.file = open_episode(path)
-        self.sim = bool(self.file.attrs.get("sim", False))
-        self.compressed = bool(self.file.attrs.get("compress", False))
-        self.action = self.file["action"][()].astype(np.float32)
-        self.qpos = self.file["observations/qpos"][()].astype(np.float32)
-        self.instruction = as_text(np.ravel(self.file["language_raw"][()])[0])
-        source = next((name for name in ("substep_reasonings", "reasoning") if name in self.file), None)
-        self.reasonings = [as_text(text) for text in np.ravel(self.file[source][()])] if source else None
-        self.images = {name: self.file[f"{IMAGES}/{name}"] for name in self.file[IMAGES]}
-
-    def __len__(self) -> int:
-        return len(self.action)
-
-    def reasoning(self, t: int) -> str:
-        return self.reasonings[t if len(self.reasonings) > 1 else 0]
-
-    def frame(self, camera: str, t: int) -> np.ndarray:
-        """Frame `t` of `camera`: (H, W, 3) uint8, RGB."""
-        data = self.images[camera][t]
-        if not self.compressed:
-            return data
-        # The frames were encoded without a channel swap, so decoding needs none either.
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        if image is None:
-            raise DatasetError(f"{self.path}: {IMAGES}/{camera}, frame {t}: expected JPEG bytes, found something else")
-        return image
-
-    def close(self):
-        self.file.close()
-
-
-class EpisodeCache:
-    """The most recently used open episodes. Every process opens its own: HDF5 handles do not survive a fork."""
-
-    def __init__(self, max_open: int = 64):
+    def __init__(self, opener: Callable, max_open: int):
+        self.opener = opener
         self.max_open = max_open
         self._forget()
 
     def _forget(self):
         self.pid = os.getpid()
-        self.episodes: OrderedDict[str, Episode] = OrderedDict()
+        self.files = OrderedDict()
 
-    def __getstate__(self):
-        return {"max_open": self.max_open}
+    def __reduce__(self):
+        return type(self), (self.opener, self.max_open)
 
-    def __setstate__(self, state):
-        self.__init__(**state)
-
-    def __getitem__(self, path: str) -> Episode:
+    def __getitem__(self, key: Hashable):
         if self.pid != os.getpid():
             self._forget()
-        if path not in self.episodes:
-            if len(self.episodes) >= self.max_open:
-                self.episodes.popitem(last=False)[1].close()
-            self.episodes[path] = Episode(path)
-        self.episodes.move_to_end(path)
-        return self.episodes[path]
-
-
-@dataclass
-class EpisodeSummary:
-    """What start-up needs to know of an episode, so that each file is read once."""
-
-    path: str
-    length: int
-    action: Moments
-    qpos: Moments
-
-
-def check_episode(path: str, camera_names: list[str] | None = None, use_reasoning: bool = False) -> EpisodeSummary:
-    """Checks one episode's layout and numbers without decoding images.
-
-    Raises:
-        DatasetError: naming file, dataset, frame, what was expected and what was found.
-    """
-
-    def fail(name: str, expected: str, found) -> None:
-        raise DatasetError(f"{path}: {name}: expected {expected}, found {found}")
-
-    with open_episode(path) as file:
-
-        def dataset(name: str) -> h5py.Dataset:
-            if not isinstance(file.get(name), h5py.Dataset):
-                fail(name, "a dataset", f"none (the file holds {', '.join(sorted(file)) or 'nothing'})")
-            return file[name]
-
-        def numbers(name: str) -> np.ndarray:
-            data = dataset(name)
-            if data.ndim != 2 or data.dtype.kind != "f" or not len(data):
-                fail(name, "shape (N, D) of float32 or float64", f"{data.shape} of {data.dtype}")
-            values = data[()]
-            if not np.isfinite(values).all():
-                frame, column = np.argwhere(~np.isfinite(values))[0]
-                fail(f"{name}, frame {frame}, dimension {column}", "a finite number", values[frame, column])
-            return values
-
-        action, qpos = numbers("action"), numbers("observations/qpos")
-        length = len(action)
-        if len(qpos) != length:
-            fail("observations/qpos", f"{length} frames, as many as action has", len(qpos))
-
-        def check_texts(name: str):
-            data = dataset(name)
-            if data.dtype.kind not in "OSU" or not data.size:
-                fail(name, "text", f"{data.shape} of {data.dtype}")
-            try:
-                for value in np.ravel(data[()]):
-                    as_text(value)
-            except UnicodeDecodeError as error:
-                fail(name, "UTF-8 text", error)
-
-        check_texts("language_raw")
-        if use_reasoning:
-            if "substep_reasonings" in file and dataset("substep_reasonings").size != length:
-                fail("substep_reasonings", f"{length} texts, one per frame", dataset("substep_reasonings").size)
-            if "substep_reasonings" not in file and not ("reasoning" in file and dataset("reasoning").size):
-                fail(
-                    "substep_reasonings",
-                    "one text per frame (or `reasoning` with one, or --use_reasoning False)",
-                    "none",
-                )
-
-        if use_reasoning:
-            check_texts("substep_reasonings" if "substep_reasonings" in file else "reasoning")
-        compressed = bool(file.attrs.get("compress", False))
-        present = sorted(file[IMAGES]) if isinstance(file.get(IMAGES), h5py.Group) else []
-        for camera in camera_names or []:
-            name = f"{IMAGES}/{camera}"
-            if camera not in present:
-                fail(name, "a camera of camera_names", f"only {', '.join(present) or 'no cameras'}")
-            data = dataset(name)
-            if data.dtype != np.uint8:
-                fail(name, "uint8", data.dtype)
-            if compressed and data.ndim != 2:
-                fail(name, "shape (N, bytes) because the attribute `compress` is set", data.shape)
-            if not compressed and data.ndim == 2:
-                fail(name, "the attribute `compress`, because the images are (N, bytes)", "no such attribute")
-            if not compressed and (data.ndim != 4 or data.shape[-1] != 3):
-                fail(name, "shape (N, height, width, 3)", data.shape)
-            if len(data) != length:
-                fail(name, f"{length} frames, as many as action has", len(data))
-            for t in (0, length - 1) if compressed else ():
-                if tuple(data[t, :2]) != JPEG_START:
-                    fail(f"{name}, frame {t}", "JPEG bytes", f"bytes that start with {data[t, :2].tolist()}")
-    return EpisodeSummary(path, length, Moments.of(action), Moments.of(qpos))
-
-
-def check_episodes(
-    paths: list[str],
-    camera_names: list[str] | None = None,
-    use_reasoning: bool = False,
-    action_dim: int | None = None,
-    state_dim: int | None = None,
-    show_progress: bool = True,
-) -> dict[str, EpisodeSummary]:
-    """Checks every episode, also against the others, and reports all broken ones at once.
-
-    `action_dim` and `state_dim` default to those of the first episode.
-
-    Raises:
-        DatasetError: with one line per broken episode (the first 20 of them).
-    """
-    summaries, problems = {}, []
-    for path in tqdm(paths, desc="checking episodes", disable=not show_progress or len(paths) < 50):
-        try:
-            summary = check_episode(path, camera_names, use_reasoning)
-            action_dim, state_dim = action_dim or summary.action.dim, state_dim or summary.qpos.dim
-            for name, flag, expected, found in (
-                ("action", "--action_dim", action_dim, summary.action.dim),
-                ("observations/qpos", "--state_dim", state_dim, summary.qpos.dim),
-            ):
-                if expected != found:
-                    raise DatasetError(f"{path}: {name}: expected {expected} columns ({flag}), found {found}")
-            summaries[path] = summary
-        except DatasetError as error:
-            problems.append(str(error))
-    if problems:
-        more = f"\n… and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise DatasetError("\n".join(problems[:20]) + more)
-    return summaries
+        if key not in self.files:
+            while len(self.files) >= self.max_open:
+                self.files.popitem(last=False)[1].close()
+            self.files[key] = self.opener(key)
+        self.files.move_to_end(key)
+        return self.files[key]

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from aloha_scripts.constants import JOINT_NAMES, TASK_CONFIGS
-from data_utils import Episode, UserError, load_data
+from data_utils import Episode, UserError, load_data, open_episode, stored_camera
 from qwen2_vla import Qwen2VLAPolicy
 
 
@@ -29,6 +29,7 @@ def held_out_episodes(task_name: str) -> list[str]:
         task.get("name_filter"),
         task["camera_names"],
         1,
+        camera_map=task.get("camera_map"),
         train_ratio=task.get("train_ratio", 0.999),
         use_reasoning=False,
     )
@@ -39,13 +40,20 @@ def held_out_episodes(task_name: str) -> list[str]:
     return validation.episode_paths
 
 
-def replay(policy: Qwen2VLAPolicy, episode: Episode) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str, str]]]:
+def replay(
+    policy: Qwen2VLAPolicy, episode: Episode, camera_map: dict[str, str | list[str]] | None = None
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str, str]]]:
     """Queries the policy once per chunk of an episode of N frames.
 
     Returns:
         recorded and predicted actions (N, A) in robot units, NaN where nothing was predicted; for each query the
         frame, the recorded and the written reasoning.
     """
+    cameras = {name: stored_camera(name, episode.camera_names, camera_map) for name in policy.process.camera_names}
+    if None in cameras.values():
+        raise UserError(
+            f"{episode.path}: expected cameras {', '.join(cameras)}, found {', '.join(episode.camera_names)}"
+        )
     recorded = episode.action  # (N, A)
     if policy.model.config.data_config["delta_control"]:
         recorded = np.diff(recorded, axis=0, append=recorded[-1:])
@@ -53,14 +61,11 @@ def replay(policy: Qwen2VLAPolicy, episode: Episode) -> tuple[np.ndarray, np.nda
     texts = []
     chunk = policy.model.config.policy_head_config.prediction_horizon
     for t in tqdm(range(0, len(episode), chunk), desc=Path(episode.path).name):
-        observation = {
-            "images": {camera: episode.frame(camera, t) for camera in policy.process.camera_names},
-            "qpos": episode.qpos[t],
-        }
-        actions, text = policy.predict(observation, episode.instruction)  # (T, A)
+        images = {name: np.stack(episode.frames(stored, t, policy.history)) for name, stored in cameras.items()}
+        actions, text = policy.predict({"images": images, "qpos": episode.qpos[t]}, episode.instruction(t))  # (T, A)
         start = t if episode.sim else max(0, t - 1)
         predicted[start : start + chunk] = actions[: len(recorded) - start]
-        texts.append((t, episode.reasoning(t) if episode.reasonings else "", text))
+        texts.append((t, episode.reasoning(t) or "", text))
     return recorded, predicted, texts
 
 
@@ -96,10 +101,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the diffusion noise")
     args = parser.parse_args()
 
-    episode = Episode(args.episode or held_out_episodes(args.task_name)[0])
+    episode = open_episode(args.episode or held_out_episodes(args.task_name)[0])
     policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint)
     torch.manual_seed(args.seed)
-    recorded, predicted, texts = replay(policy, episode)
+    recorded, predicted, texts = replay(policy, episode, TASK_CONFIGS[args.task_name].get("camera_map"))
     for t, expected, written in texts:
         print(f"frame {t:4d}  recorded: {expected}\n            written: {written}")
     error = np.nanmean(np.abs(predicted - recorded), axis=0)  # (A,)

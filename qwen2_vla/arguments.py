@@ -77,14 +77,16 @@ class DataArguments:
     augment: bool = field(default=True, metadata={"help": "Random crop, rotation and colours in training."})
     episode_first: bool = field(default=False, metadata={"help": "Draw an episode, then a frame of it."})
     skip_mirrored_data: bool = field(default=False, metadata={"help": "Leave out episodes named *mirror*."})
-    history_images_length: int = field(default=1, metadata={"help": "Frames per camera; only 1 works so far."})
+    history_images_length: int = field(
+        default=1, metadata={"help": "Frames per camera, up to the current one; more than one enter as a video."}
+    )
 
     def __post_init__(self):
         self.image_size_stable = parse_image_size(self.image_size_stable, "image_size_stable")
         self.image_size_wrist = parse_image_size(self.image_size_wrist, "image_size_wrist")
-        if self.history_images_length != 1:
+        if self.history_images_length < 1:
             raise UserError(
-                f"--history_images_length: expected 1, found {self.history_images_length} (video input is to come)"
+                f"--history_images_length: expected a number of frames, at least 1, found {self.history_images_length}"
             )
         if self.chunk_size < 1:
             raise UserError(f"--chunk_size: expected a positive number, found {self.chunk_size}")

@@ -21,6 +21,7 @@ from policy_heads.diffusion import ZeroLinear
 
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .fusion import ActionProjector, FiLM, masked_mean
+from .patches import to_patches
 
 logger = logging.get_logger(__name__)
 
@@ -150,6 +151,7 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        images: list[Tensor] | None = None,
         actions: Tensor | None = None,
         states: Tensor | None = None,
         is_pad: Tensor | None = None,
@@ -158,13 +160,16 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         """Without `actions` this is Qwen2-VL's forward. With them, one training step; see the collator for the batch.
 
         Args:
-            input_ids, labels, attention_mask: (B, L), left-padded. pixel_values: (patches, 1176).
+            input_ids, labels, attention_mask: (B, L), left-padded. pixel_values: (patches, 1176), or instead of it
+            images: one (B, F, h, w, 3) uint8 per camera.
             logits_to_keep: how many positions from the end hold answer tokens, plus one; 0 finds out (a host sync).
             actions: (B, T, A) normalised. states: (B, S) normalised. is_pad: (B, T) bool.
 
         Returns:
             `Qwen2VLAOutput`, or Qwen2-VL's output without `actions`.
         """
+        if images is not None:
+            pixel_values, pixel_values_videos = _pixel_values(images)
         if actions is None:
             return super().forward(
                 input_ids=input_ids,
@@ -227,11 +232,15 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         tokenizer=None,
         max_new_tokens: int = 256,
         mm_token_type_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        images: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[str]]:
         """Writes the sub-step reasoning (greedy), then draws an action chunk.
 
         Args:
             input_ids, attention_mask: (B, L) prompts, left-padded. states: (B, S) normalised qpos.
+            pixel_values, image_grid_thw and so on: as for `forward`; `images` instead of the pixel values too.
             tokenizer: decides where the reasoning ends (`<|im_end|>`) and decodes it.
 
         Returns:
@@ -239,11 +248,15 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if images is not None:
+            pixel_values, pixel_values_videos = _pixel_values(images)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
             "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
             "mm_token_type_ids": self._token_types(input_ids, mm_token_type_ids),
         }
         prompt = attention_mask.bool()  # (B, L)
@@ -301,6 +314,12 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         finally:
             hook.remove()
         return torch.cat(states, dim=1), generated, generated == end
+
+
+def _pixel_values(images: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """The patches of images, or, of more than one frame, of videos."""
+    patches = to_patches(images)
+    return (None, patches) if images[0].shape[1] > 1 else (patches, None)
 
 
 # Old key names (`visual.*`, `model.layers.*`) are renamed by class name, and not for subclasses, so say it again.

@@ -22,6 +22,7 @@ class Qwen2VLAPolicy:
         self.process = process
         self.stats = stats
         self.image_size = tuple(model.config.data_config["image_size_stable"])
+        self.history = model.config.data_config.get("history_images_length", 1)
 
     @classmethod
     def from_pretrained(cls, folder: str, device: str | torch.device | None = None) -> "Qwen2VLAPolicy":
@@ -52,7 +53,8 @@ class Qwen2VLAPolicy:
         """One observation -> what to do next.
 
         Args:
-            observation: `{"images": {camera: (H, W, 3) uint8 RGB}, "qpos": (S,)}` in the robot's units.
+            observation: `{"images": {camera: (H, W, 3) uint8 RGB}, "qpos": (S,)}` in the robot's units. A policy
+                trained with `--history_images_length` F > 1 takes (F, H, W, 3), the current frame last.
             instruction: the task in words.
 
         Returns:
@@ -69,24 +71,35 @@ class Qwen2VLAPolicy:
             )
         if qpos.shape != self.stats["qpos_mean"].shape:
             raise UserError(f"observation: qpos: expected shape {self.stats['qpos_mean'].shape}, found {qpos.shape}")
-        frames = [cv2.resize(images[name], self.image_size) for name in self.process.camera_names]  # (h, w, 3)
-        if self.model.config.data_config.get("augment", True):
-            frames = [center_crop(frame) for frame in frames]
         inputs = self.process(
             {
-                "images": torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2),  # (K, 3, h, w)
+                "images": [self._prepare(name, np.asarray(images[name])) for name in self.process.camera_names],
                 "state": torch.from_numpy(normalize_state(qpos, self.stats)),
                 "raw_lang": instruction,
             }
         )
         device = self.model.device
+        grid = "video_grid_thw" if self.history > 1 else "image_grid_thw"
         actions, texts = self.model.predict_action(
             input_ids=inputs["input_ids"][None].to(device),
             mm_token_type_ids=inputs["mm_token_type_ids"][None].to(device),
-            pixel_values=inputs["pixel_values"].to(device),
-            image_grid_thw=inputs["image_grid_thw"].to(device),
+            images=[image[None].to(device) for image in inputs["images"]],
             states=inputs["state"][None].to(device),
             tokenizer=self.process.tokenizer,
             max_new_tokens=max_new_tokens,
+            **{grid: inputs[grid].to(device)},
         )
         return unnormalize_action(actions[0].cpu().numpy(), self.stats), texts[0].removesuffix("Next action:")
+
+    def _prepare(self, camera: str, image: np.ndarray) -> torch.Tensor:
+        """(H, W, 3), or (F, H, W, 3) with history -> (F, 3, h, w) uint8, as the validation set sees it."""
+        frames = image[None] if image.ndim == 3 else image
+        if frames.ndim != 4 or len(frames) != self.history or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise UserError(
+                f"observation: images[{camera!r}]: expected {self.history} frames (H, W, 3) of uint8, found "
+                f"{image.shape} of {image.dtype}"
+            )
+        frames = [cv2.resize(frame, self.image_size) for frame in frames]
+        if self.model.config.data_config.get("augment", True):
+            frames = [center_crop(frame) for frame in frames]
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)

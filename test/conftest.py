@@ -1,4 +1,9 @@
 import os
+import tempfile
+
+# Summaries of the tests' episodes are nobody else's
+cache = tempfile.TemporaryDirectory(prefix="dexvla_test_cache_")
+os.environ["DEXVLA_CACHE_DIR"] = cache.name
 
 import pytest
 import torch

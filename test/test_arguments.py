@@ -106,7 +106,7 @@ def test_malformed_image_sizes(text):
         ("--bits 5 --lora_enable True", "--bits: expected 4, 8 or 16, found 5"),
         ("--lora_module dit", 'expected any of "vit llm di_head"'),
         ("--quant_type int4", "--quant_type: expected nf4 or fp4"),
-        ("--history_images_length 4", "--history_images_length: expected 1, found 4"),
+        ("--history_images_length 0", "--history_images_length: expected a number of frames, at least 1, found 0"),
         ("--chunk_size 0", "--chunk_size: expected a positive number"),
         ("--image_size_stable wide", "--image_size_stable: expected"),
     ],

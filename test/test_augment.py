@@ -50,7 +50,7 @@ def test_colours_as_torchvision(change, reference):
 @pytest.mark.parametrize("top, left, angle", [(0, 0, 0), (0.999, 0.999, 0), (0.3, 0.8, 4.0), (0.5, 0.5, -5.0)])
 def test_warp_as_crop_resize_rotate(top, left, angle):
     image = smooth_image()
-    warped = Augmentation(**NEUTRAL | {"top": top, "left": left, "angle": angle})._warp(image)
+    warped = Augmentation(**NEUTRAL | {"top": top, "left": left, "angle": angle})._warp(image, (320, 240))
     crop = tvf.crop(torch.from_numpy(image).permute(2, 0, 1), int(top * 13), int(left * 17), 228, 304)
     expected = tvf.rotate(tvf.resize(crop, [240, 320], antialias=True), angle).permute(1, 2, 0).numpy()
     difference = np.abs(warped.astype(int) - expected)

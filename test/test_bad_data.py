@@ -4,7 +4,15 @@ import h5py
 import numpy as np
 import pytest
 
-from data_utils import DatasetError, Episode, EpisodicDataset, check_episodes, get_norm_stats, load_data
+from data_utils import (
+    DatasetError,
+    EpisodicDataset,
+    check_episodes,
+    get_norm_stats,
+    load_data,
+    open_episode,
+    summarize_all,
+)
 
 from .helpers import CAMERAS, write_episode
 
@@ -94,7 +102,7 @@ def test_all_broken_episodes_are_reported_at_once(tmp_path):
         with h5py.File(path, "r+") as file:
             del file["action"]
     with pytest.raises(DatasetError) as error:
-        check_episodes(paths, CAMERAS, show_progress=False)
+        check_episodes(summarize_all(paths), CAMERAS)
     assert str(error.value).count("\n") == 1 and all(path in str(error.value) for path in paths[1:3])
 
 
@@ -112,7 +120,7 @@ def test_dimensions_must_agree(tmp_path):
 def test_missing_empty_and_filtered_folders(tmp_path):
     with pytest.raises(DatasetError, match="nowhere: expected a folder"):
         load_data(str(tmp_path / "nowhere"), None, CAMERAS, 4)
-    with pytest.raises(DatasetError, match="expected .*episodes, found none"):
+    with pytest.raises(DatasetError, match="expected .*episodes or a LeRobot dataset .*, found none"):
         load_data(str(tmp_path), None, CAMERAS, 4)
     write_episode(tmp_path / "a.hdf5")
     with pytest.raises(DatasetError, match="name_filter leaves none of its 1 episodes"):
@@ -160,7 +168,7 @@ def test_a_scalar_instruction_is_fine(tmp_path):
         del file["language_raw"]
         file["language_raw"] = "Fold the shirt."
     load_data(str(tmp_path), None, CAMERAS, 4)
-    assert Episode(path).instruction == "Fold the shirt."
+    assert open_episode(path).instruction(0) == "Fold the shirt."
 
 
 def test_float64_and_one_reasoning_are_fine(tmp_path):
@@ -171,4 +179,4 @@ def test_float64_and_one_reasoning_are_fine(tmp_path):
         del file["action"], file.attrs["sim"]
         file["action"] = action
     train, *_ = load_data(str(tmp_path), None, CAMERAS, 4, image_size_stable=(64, 48))
-    assert train[0]["reasoning"] == "Pick up the cube." and Episode(path).sim is False
+    assert train[0]["reasoning"] == "Pick up the cube." and open_episode(path).sim is False

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_utils import EpisodicDataset, UserError, find_all_hdf5, get_norm_stats, save_stats, unnormalize_action
-from data_utils.episodes import Episode
+from data_utils import (
+    EpisodicDataset,
+    UserError,
+    find_all_hdf5,
+    get_norm_stats,
+    open_episode,
+    save_stats,
+    unnormalize_action,
+)
 from qwen2_vla import Qwen2VLAPolicy
 from qwen2_vla.loading import build_config, load_model, load_processor
 
@@ -30,12 +37,12 @@ def checkpoint(tiny_base, task, tmp_path_factory):
 def test_predicts_robot_units(checkpoint):
     folder, paths = checkpoint
     policy = Qwen2VLAPolicy.from_pretrained(folder, device="cpu")
-    episode = Episode(paths[0])
+    episode = open_episode(paths[0])
     observation = {"images": {camera: episode.frame(camera, 3) for camera in CAMERAS}, "qpos": episode.qpos[3]}
     seen = []
     predict = policy.model.predict_action
     policy.model.predict_action = lambda **inputs: seen.append((inputs, predict(**inputs))) or seen[-1][1]
-    actions, text = policy.predict(observation, episode.instruction, max_new_tokens=3)
+    actions, text = policy.predict(observation, episode.instruction(0), max_new_tokens=3)
     assert actions.shape == (8, 14) and actions.dtype == np.float32 and isinstance(text, str)
     inputs, (normalised, _) = seen[0]
     assert np.allclose(actions, unnormalize_action(normalised[0].numpy(), policy.stats))

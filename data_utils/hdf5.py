@@ -1,0 +1,166 @@
+"""ACT-style HDF5 episodes (Zhao et al., 2023), raw or JPEG-compressed; the layout stands in README.md."""
+
+import os
+
+import cv2
+import h5py
+import numpy as np
+
+from .episodes import Episode
+from .errors import DatasetError, Finding
+from .normalization import Moments
+from .summary import EpisodeSummary
+
+IMAGES = "observations/images"
+JPEG_START = (0xFF, 0xD8)
+# JPEG decoders can leave out detail that a smaller image would not show: by these factors of width and height
+REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+
+
+def open_hdf5(path: str | os.PathLike) -> h5py.File:
+    try:
+        # Frames are read once and at random: a chunk cache would only copy and keep them
+        return h5py.File(path, "r", rdcc_nbytes=0)
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: expected a readable HDF5 file, found a truncated or other one ({error})"
+        ) from error
+
+
+def as_text(value) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+class Hdf5Episode(Episode):
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        self.file = open_hdf5(path)
+        self.sim = bool(self.file.attrs.get("sim", False))
+        self.compressed = bool(self.file.attrs.get("compress", False))
+        self.action = self.file["action"][()].astype(np.float32)
+        self.qpos = self.file["observations/qpos"][()].astype(np.float32)
+        self._instruction = as_text(np.ravel(self.file["language_raw"][()])[0])
+        source = next((name for name in ("substep_reasonings", "reasoning") if name in self.file), None)
+        self._reasonings = [as_text(text) for text in np.ravel(self.file[source][()])] if source else []
+        self.images = {name: self.file[f"{IMAGES}/{name}"] for name in self.file.get(IMAGES, ())}
+        self.camera_names = list(self.images)
+
+    def instruction(self, t: int) -> str:
+        return self._instruction
+
+    def reasoning(self, t: int) -> str | None:
+        if not self._reasonings:
+            return None
+        return self._reasonings[t if len(self._reasonings) > 1 else 0]
+
+    def frame(self, camera: str, t: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        if not self.compressed:
+            return self.images[camera][t]
+        data = self.images[camera][t]
+        # The frames were encoded without a channel swap, so decoding needs none either.
+        image = cv2.imdecode(data, _least_decoding(data, size))
+        if image is None:
+            raise DatasetError(f"{self.path}: {IMAGES}/{camera}, frame {t}: expected JPEG bytes, found something else")
+        return image
+
+    def close(self):
+        self.file.close()
+
+
+def _least_decoding(data: np.ndarray, size: tuple[int, int] | None) -> int:
+    """cv2's flag that decodes JPEG bytes as far as an image of `size` needs."""
+    width, height = jpeg_size(data) if size else (0, 0)
+    if not width:
+        return cv2.IMREAD_COLOR
+    factor = max((f for f in REDUCED if width >= f * size[0] and height >= f * size[1]), default=1)
+    return REDUCED.get(factor, cv2.IMREAD_COLOR)
+
+
+def jpeg_size(data: np.ndarray) -> tuple[int, int]:
+    """(width, height) from the frame header of JPEG bytes (ITU-T T.81, B.2.2); (0, 0) when there is none."""
+    header, at = data[:4096].tobytes(), 2
+    while at + 9 <= len(header) and header[at] == 0xFF:
+        marker, length = header[at + 1], int.from_bytes(header[at + 2 : at + 4])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(header[at + 7 : at + 9]), int.from_bytes(header[at + 5 : at + 7])
+        at += 2 + length
+    return 0, 0
+
+
+def summarize_hdf5(path: str) -> EpisodeSummary:
+    """Checks layout and numbers of an episode; of JPEG frames the first and the last bytes' marks.
+
+    Raises:
+        DatasetError: when the file cannot be opened.
+    """
+    summary = EpisodeSummary(path)
+    with open_hdf5(path) as file:
+
+        def dataset(name: str) -> h5py.Dataset | None:
+            if isinstance(file.get(name), h5py.Dataset):
+                return file[name]
+            summary.find(name, "a dataset", f"none (the file holds {', '.join(sorted(file)) or 'nothing'})")
+            return None
+
+        def numbers(name: str) -> Moments | None:
+            data = dataset(name)
+            return None if data is None else summary.check_numbers(name, data[()])
+
+        try:
+            summary.sim = bool(file.attrs.get("sim", False))
+            compressed = bool(file.attrs.get("compress", False))
+            summary.action, summary.qpos = numbers("action"), numbers("observations/qpos")
+            if summary.action is None or summary.qpos is None:
+                return summary
+            length = summary.length = summary.action.count
+            if summary.qpos.count != length:
+                summary.find("observations/qpos", f"{length} frames, as many as action has", summary.qpos.count)
+            if (language := dataset("language_raw")) is not None:
+                summary.findings += _text_findings(path, "language_raw", language)
+            name = "substep_reasonings" if "substep_reasonings" in file else "reasoning"
+            if name in file and (texts := dataset(name)) is not None and (texts.size or name != "reasoning"):
+                summary.reasonings = texts.size
+                summary.reasoning_findings = _text_findings(path, name, texts)
+                if name == "substep_reasonings" and texts.size != length:
+                    wrong = Finding(path, name, f"{length} texts, one per frame", str(texts.size))
+                    summary.reasoning_findings.insert(0, wrong)
+            images = file.get(IMAGES)
+            summary.cameras = sorted(images) if isinstance(images, h5py.Group) else []
+            for camera in summary.cameras:
+                _check_camera(summary, camera, images[camera], compressed)
+        except (OSError, RuntimeError) as error:  # what HDF5 raises on broken chunks
+            summary.find("", "a readable HDF5 file", f"a damaged one ({error})", "record or copy it again")
+    return summary
+
+
+def _text_findings(path: str, name: str, data: h5py.Dataset) -> list[Finding]:
+    if data.dtype.kind not in "OSU" or not data.size:
+        return [Finding(path, name, "text", f"{data.shape} of {data.dtype}")]
+    try:
+        for value in np.ravel(data[()]):
+            as_text(value)
+    except UnicodeDecodeError as error:
+        return [Finding(path, name, "UTF-8 text", str(error))]
+    return []
+
+
+def _check_camera(summary: EpisodeSummary, camera: str, data, compressed: bool):
+    def find(where: str, expected: str, found):
+        summary.find(where, expected, found, camera=camera)
+
+    name = f"{IMAGES}/{camera}"
+    if not isinstance(data, h5py.Dataset):
+        return find(name, "a dataset", "a group")
+    if data.dtype != np.uint8:
+        return find(name, "uint8", data.dtype)
+    if compressed and data.ndim != 2:
+        return find(name, "shape (N, bytes) because the attribute `compress` is set", data.shape)
+    if not compressed and data.ndim == 2:
+        return find(name, "the attribute `compress`, because the images are (N, bytes)", "no such attribute")
+    if not compressed and (data.ndim != 4 or data.shape[-1] != 3):
+        return find(name, "shape (N, height, width, 3)", data.shape)
+    if len(data) != summary.length:
+        return find(name, f"{summary.length} frames, as many as action has", len(data))
+    for t in (0, summary.length - 1) if compressed else ():
+        if tuple(data[t, :2]) != JPEG_START:
+            return find(f"{name}, frame {t}", "JPEG bytes", f"bytes that start with {data[t, :2].tolist()}")
