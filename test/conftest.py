@@ -1,10 +1,6 @@
 import os
 import tempfile
 
-# Summaries of the tests' episodes are nobody else's
-cache = tempfile.TemporaryDirectory(prefix="dexvla_test_cache_")
-os.environ["DEXVLA_CACHE_DIR"] = cache.name
-
 import pytest
 import torch
 
@@ -20,6 +16,9 @@ from .helpers import GOLDEN, write_episode
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 logging.disable_progress_bar()
+# Summaries of the tests' episodes are nobody else's
+cache = tempfile.TemporaryDirectory(prefix="dexvla_test_cache_")
+os.environ["DEXVLA_CACHE_DIR"] = cache.name
 
 
 def pytest_collection_modifyitems(items):
