@@ -58,7 +58,9 @@ class Augmentation:
         # rotated at the image's own size, about its centre; then scaled to `size`
         rotate = np.vstack([cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), self.angle, 1.0), [0, 0, 1]])
         matrix = _scale((width, height), size) @ rotate @ _scale((crop_width, crop_height), (width, height))
-        return cv2.warpAffine(crop, matrix[:2], size, flags=cv2.INTER_LINEAR)
+        # cv2 warps pixels of four bytes twice as fast as those of three
+        warped = cv2.warpAffine(cv2.cvtColor(crop, cv2.COLOR_RGB2RGBA), matrix[:2], size, flags=cv2.INTER_LINEAR)
+        return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
     # cv2.transform rounds and keeps to 0 .. 255 after every step, as the reference does
 

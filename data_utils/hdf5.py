@@ -44,6 +44,8 @@ class Hdf5Episode(Episode):
         self._reasonings = [as_text(text) for text in np.ravel(self.file[source][()])] if source else []
         self.images = {name: self.file[f"{IMAGES}/{name}"] for name in self.file.get(IMAGES, ())}
         self.camera_names = list(self.images)
+        self.plain_file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the episode; see _read
+        self._in_one_piece: dict[str, bool] = {}
 
     def instruction(self, t: int) -> str:
         return self._instruction
@@ -54,17 +56,37 @@ class Hdf5Episode(Episode):
         return self._reasonings[t if len(self._reasonings) > 1 else 0]
 
     def frame(self, camera: str, t: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        data = self._read(camera, t)
         if not self.compressed:
-            return self.images[camera][t]
-        data = self.images[camera][t]
+            return data
         # The frames were encoded without a channel swap, so decoding needs none either.
         image = cv2.imdecode(data, _least_decoding(data, size))
         if image is None:
             raise DatasetError(f"{self.path}: {IMAGES}/{camera}, frame {t}: expected JPEG bytes, found something else")
         return image
 
+    def _read(self, camera: str, t: int) -> np.ndarray:
+        """Frame `t` as it is stored. Where that is in one piece, not compressed by HDF5, the piece is read from the
+        file directly, in a third of the time."""
+        images = self.images[camera]
+        if camera not in self._in_one_piece:
+            whole = images.chunks in (None, (1, *images.shape[1:])) and not images.id.get_create_plist().get_nfilters()
+            self._in_one_piece[camera] = whole and not self.file.userblock_size
+        offset = None
+        if self._in_one_piece[camera] and images.chunks:
+            offset = images.id.get_chunk_info_by_coord((t,) + (0,) * (images.ndim - 1)).byte_offset
+        elif self._in_one_piece[camera] and (start := images.id.get_offset()) is not None:
+            offset = start + t * (images.nbytes // len(images))
+        if offset is None:  # in other pieces, or never written
+            return images[t]
+        frame = np.empty(images.shape[1:], np.uint8)
+        if os.preadv(self.plain_file.fileno(), [frame], offset) != frame.nbytes:
+            raise DatasetError(f"{self.path}: {IMAGES}/{camera}, frame {t}: expected {frame.nbytes} bytes, found fewer")
+        return frame
+
     def close(self):
         self.file.close()
+        self.plain_file.close()
 
 
 def _least_decoding(data: np.ndarray, size: tuple[int, int] | None) -> int:

@@ -1,11 +1,13 @@
 """Augmentation draws what it should, and does to an image what it says."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as tvf
 
 from data_utils import Augmentation, EpisodicDataset, center_crop, get_norm_stats
+from qwen2_vla import Qwen2VLAProcess
 
 from .helpers import CAMERAS, EPISODES, write_episode
 
@@ -57,6 +59,29 @@ def test_warp_as_crop_resize_rotate(top, left, angle):
     assert difference.mean() < 1.5
     if angle:  # what rotation brings in is black
         assert (warped[0, 0] == 0).all() or (warped[0, -1] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(308, 252), (160, 120)])
+def test_the_resize_to_the_grid_is_part_of_the_warp(size):
+    rng = np.random.default_rng(0)
+    image = smooth_image()
+    for _ in range(20):
+        augmentation = Augmentation.draw(rng)
+        expected = cv2.resize(augmentation(image), size)
+        assert np.abs(augmentation(image, size).astype(int) - expected).mean() < 1.5
+
+
+def test_items_on_the_grid_are_the_raw_items_resized(processor):
+    stats, draw = get_norm_stats(EPISODES), (0, 0, 7)
+    raw = EpisodicDataset(EPISODES, CAMERAS, stats, 4, augment=True)
+    on_grid = EpisodicDataset(EPISODES, CAMERAS, stats, 4, augment=True, transform=Qwen2VLAProcess(processor, CAMERAS))
+    small = Qwen2VLAProcess(processor, CAMERAS, image_size_wrist=(56, 56))
+    assert EpisodicDataset(EPISODES, CAMERAS, stats, 4, augment=True, transform=small).augmented_sizes == [
+        (308, 252), (320, 240), (320, 240),  # 56 x 56 is resized in two steps, so that no pixel is skipped
+    ]  # fmt: skip
+    for image, expected in zip(on_grid[5, draw]["images"], raw[5, draw]["images"]):
+        expected = cv2.resize(expected.permute(1, 2, 0).numpy(), (308, 252))
+        assert np.abs(image[0].numpy().astype(int) - expected).mean() < 2.5
 
 
 def test_center_crop_keeps_size_and_centre():
