@@ -34,7 +34,7 @@ class Qwen2VLADataCollatorForSupervisedDataset:
             # by length, not by `!= pad_token_id`: a tokenizer may use one token for padding and as text
             "attention_mask": (torch.arange(longest) >= (longest - lengths)[:, None]).long(),
             "mm_token_type_ids": pad("mm_token_type_ids", 0),
-            "images": [torch.stack(images) for images in zip(*(item["images"] for item in items), strict=True)],
+            **self._pixels(items),
             grid: torch.cat([item[grid] for item in items]),
             "states": torch.stack([item["state"] for item in items]),
         }
@@ -46,3 +46,8 @@ class Qwen2VLADataCollatorForSupervisedDataset:
                 "logits_to_keep": max(int((item["labels"] != IGNORE_INDEX).sum()) for item in items) + 1,
             }
         return batch
+
+    def _pixels(self, items: list[dict]) -> dict[str, Tensor | list[Tensor]]:
+        if "images" in items[0]:
+            return {"images": [torch.stack(images) for images in zip(*(item["images"] for item in items), strict=True)]}
+        return {"pixel_values": torch.cat([item["pixel_values"] for item in items])}  # patches made elsewhere

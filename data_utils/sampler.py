@@ -7,6 +7,8 @@ from torch.utils.data import Sampler
 
 from .dataset import SamplingPlan
 
+AT_ONCE = 65_536  # numbers of Python take 40 times the memory of a tensor's
+
 
 class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
     """Draws as many frames per epoch as there are, a pure function of (seed, epoch), equal on every rank.
@@ -46,18 +48,21 @@ class EpisodeSampler(Sampler[tuple[int, tuple[int, ...]]]):
         return probabilities / probabilities.sum()
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        for position, index in enumerate(self._indices()):
-            yield index, (self.seed, self.epoch, position)
+        indices = self._indices()
+        for start in range(0, len(indices), AT_ONCE):
+            for position, index in enumerate(indices[start : start + AT_ONCE].tolist(), start):
+                yield index, (self.seed, self.epoch, position)
 
-    def _indices(self) -> list[int]:
+    def _indices(self) -> torch.Tensor:
+        """The epoch's frames, in order: (len(self),) int64."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = len(self)
         if self.plan.sample_weights is None and not self.plan.episode_first:
-            return torch.randperm(count, generator=generator).tolist()
+            return torch.randperm(count, generator=generator)
         lengths = torch.tensor(self.plan.episode_lengths)  # (E,)
         starts = lengths.cumsum(0) - lengths
         cumulative = self.episode_probabilities().cumsum(0)
         uniform = torch.rand(2, count, generator=generator, dtype=torch.float64)
         episodes = torch.searchsorted(cumulative, uniform[0] * cumulative[-1], right=True).clamp(max=len(lengths) - 1)
         frames = (uniform[1] * lengths[episodes]).long()  # (count,)
-        return (starts[episodes] + frames).tolist()
+        return starts[episodes] + frames

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
 from data_utils import EpisodeSampler, SamplingPlan
 
@@ -61,28 +62,49 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 class Frames(torch.utils.data.Dataset):
+    """Items that say which frame they are and what they were drawn with."""
+
+    def __init__(self, count: int = 64):
+        self.count = count
+
     def __getitem__(self, index):
-        return index[0]
+        return torch.tensor([index[0], *index[1]])
 
     def __len__(self):
-        return 16
+        return self.count
 
 
-def test_the_trainers_loader_reaches_the_sampler():
-    """accelerate wraps the sampler; a new epoch must still give a new order, and ranks must share it."""
-    from accelerate.data_loader import prepare_data_loader
+def loader(rank: int, ranks: int, batch_size: int, plan: SamplingPlan):
+    """As the Trainer makes it."""
+    sampler = EpisodeSampler(plan, seed=3)
+    data = torch.utils.data.DataLoader(Frames(len(sampler)), batch_size=batch_size, sampler=sampler)
+    return prepare_data_loader(data, num_processes=ranks, process_index=rank, put_on_device=False)
 
-    loaders = []
-    for rank in range(2):
-        sampler = EpisodeSampler(SamplingPlan([16], [0], None))
-        loader = torch.utils.data.DataLoader(Frames(), batch_size=2, sampler=sampler)
-        loaders.append(prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False))
+
+def steps_of(epoch: int, ranks: int, batch_size: int, plan: SamplingPlan, skip: int = 0) -> list[list]:
+    """What all ranks together see in every step."""
+    seen = []
+    for rank in range(ranks):
+        data = loader(rank, ranks, batch_size, plan)
+        data.set_epoch(epoch)
+        seen.append(list(skip_first_batches(data, skip) if skip else data))
+    return [torch.cat(step).tolist() for step in zip(*seen, strict=True)]
+
+
+@pytest.mark.parametrize("plan", [SamplingPlan([64], [0], None), SamplingPlan([40, 24], [0, 1], [1, 3], True)])
+def test_the_order_is_the_same_on_one_rank_and_on_eight(plan):
+    """accelerate wraps the sampler and deals its batches out; a new epoch must still give a new order."""
     epochs = []
     for epoch in range(2):
-        seen = []
-        for loader in loaders:
-            loader.set_epoch(epoch)
-            seen += [int(i) for batch in loader for i in batch]
-        assert sorted(seen) == list(range(16))
-        epochs.append(seen)
+        alone, together = steps_of(epoch, 1, 16, plan), steps_of(epoch, 8, 2, plan)
+        assert alone == together and len(alone) == 4
+        assert [tuple(entry[1:]) for step in alone for entry in step] == [(3, epoch, p) for p in range(64)]
+        epochs.append([entry[0] for step in alone for entry in step])
+        if plan.sample_weights is None:
+            assert sorted(epochs[-1]) == list(range(64))
     assert epochs[0] != epochs[1]
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped():
+    plan = SamplingPlan([40, 24], [0, 1], [1, 3])
+    assert steps_of(1, 8, 2, plan, skip=3) == steps_of(1, 8, 2, plan)[3:]
