@@ -13,7 +13,8 @@ class Qwen2VLADataCollatorForSupervisedDataset:
 
     The batch (B items, L the longest sequence, K cameras, T action rows):
         input_ids (B, L) int64, left-padded with `pad_token_id` · attention_mask (B, L) int64, 0 on padding ·
-        labels (B, L) int64, -100 but on the answer · mm_token_type_ids (B, L) int64, 1 on image tokens ·
+        labels (B, L) int64, -100 but on the answer · mm_token_type_ids (B, L) int64, 1 on image tokens, 2 on video ·
+        position_ids (3, B, L) int64: time, row and column for the rotary embedding ·
         images list of K (B, F, h, w, 3) uint8 RGB on Qwen2-VL's grid, F frames (1 without history), which the model
             normalises and cuts into patches · image_grid_thw (B*K, 3) int64, `video_grid_thw` for F > 1 ·
         states (B, S) float32 · actions (B, T, A) float32 in [-1, 1] · is_pad (B, T) bool ·
@@ -35,6 +36,7 @@ class Qwen2VLADataCollatorForSupervisedDataset:
             "attention_mask": (torch.arange(longest) >= (longest - lengths)[:, None]).long(),
             "mm_token_type_ids": pad("mm_token_type_ids", 0),
             **self._pixels(items),
+            **self._positions(items),
             grid: torch.cat([item[grid] for item in items]),
             "states": torch.stack([item["state"] for item in items]),
         }
@@ -46,6 +48,12 @@ class Qwen2VLADataCollatorForSupervisedDataset:
                 "logits_to_keep": max(int((item["labels"] != IGNORE_INDEX).sum()) for item in items) + 1,
             }
         return batch
+
+    def _positions(self, items: list[dict]) -> dict[str, Tensor]:
+        if "position_ids" not in items[0]:
+            return {}
+        padded = pad_sequence([item["position_ids"].T for item in items], True, 0, padding_side="left")  # (B, L, 3)
+        return {"position_ids": padded.permute(2, 0, 1)}
 
     def _pixels(self, items: list[dict]) -> dict[str, Tensor | list[Tensor]]:
         if "images" in items[0]:

@@ -7,7 +7,8 @@ DexVLA (arXiv 2502.05855). Parameter names are those of the released weights.
 import math
 
 import torch
-from timm.layers import Attention, Mlp
+import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -16,8 +17,13 @@ from .diffusion import DiffusionPolicyHead, ZeroLinear
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x` (B, T, W) scaled and shifted by one vector (B, W) per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """`x` (B, T, W) scaled and shifted by one vector (B, 1, W) per sample."""
+    return x * (1 + scale) + shift
+
+
+def modulation(adaln: nn.Sequential, c: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Vectors (B, 1, W) out of the condition `c` (B, W), on which SiLU was done: it is the same for all blocks."""
+    return adaln[1](c).unsqueeze(1).chunk(parts, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -39,20 +45,35 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.sinusoidal(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, W) -> (B, T, W)
+        qkv = self.qkv(x.flatten(0, 1)).view(*x.shape[:2], 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, head_dim)
+        x_attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, T, heads, head_dim)
+        return self.proj(x_attended.reshape(-1, x.shape[-1])).view_as(x)
+
+
 class ScaleDPBlock(GradientCheckpointingLayer):
     def __init__(self, width: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, T, W) action tokens, c (B, W) condition -> (B, T, W)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        """x (B, T, W) action tokens, c (B, W) SiLU of the condition -> (B, T, W)."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation(self.adaLN_modulation, c, 6)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        # as rows, so that the layers need not make rows of it one by one
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).flatten(0, 1)).view_as(x)
 
 
 class FinalLayer(nn.Module):
@@ -63,7 +84,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, T, W), (B, W) -> (B, T, A)
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        shift, scale = modulation(self.adaLN_modulation, c, 2)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -118,7 +139,7 @@ class ScaleDP(DiffusionPolicyHead):
         if self.config.is_tinyvla:
             cond = self.norm_after_pool(cond)
         cond = self.combine(torch.cat([cond, states.to(cond.dtype)], dim=-1))  # (B, D)
-        c = self.t_embedder(t) + self.cond_obs_emb(cond)  # (B, W)
+        c = F.silu(self.t_embedder(t) + self.cond_obs_emb(cond))  # (B, W)
         x = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, T, W)
         for block in self.blocks:
             x = block(x, c)

@@ -22,6 +22,8 @@ from policy_heads.diffusion import ZeroLinear
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .fusion import ActionProjector, FiLM, masked_mean
 from .patches import to_patches
+from .text import can_encode, encode_tokens, speed_up
+from .vision import attend_in_groups, encode_images
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +64,8 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 "using_film False needs is_tinyvla True: ScaleDP normalises pooled states only in TinyVLA mode"
             )
         super().__init__(config)
+        attend_in_groups(self.model.visual)
+        speed_up(self.model.language_model)
         dim = config.text_config.hidden_size
         self.policy_head = AutoModel.from_config(head)
         self.input_action_proj = ActionProjector(dim)
@@ -128,6 +132,20 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         image, video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         return image.int() + 2 * video.int()
 
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, images: list[Tensor]) -> Tensor:
+        """What `self.model` computes, hidden states (B, L, D), without a question to the device."""
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (B, L), real tokens first
+        input_ids, position_ids = input_ids.gather(1, order), position_ids.gather(2, order.expand(3, -1, -1))
+        embeddings = self.get_input_embeddings()(input_ids)  # (B, L, D)
+        pictures = encode_images(self.model.visual, images).flatten(0, 1).to(embeddings.dtype)  # (N, D)
+        is_picture = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        # their places in order; a mask as index would make the host wait for their number, which is known
+        places = is_picture.flatten().byte().argsort(descending=True, stable=True)[: len(pictures)]
+        embeddings = embeddings.flatten(0, 1).index_copy(0, places, pictures).view_as(embeddings)
+        hidden_states = encode_tokens(self.model.language_model, embeddings, position_ids)
+        back = order.argsort(dim=1)[..., None].expand_as(hidden_states)
+        return hidden_states.gather(1, back)
+
     def fuse(self, hidden_states: Tensor, prompt: Tensor, answer: Tensor) -> Tensor:
         """Hidden states (B, L, D) and the masks (B, L) of prompt and answer -> condition (B, 1, D) of the head."""
         if not self.config.using_film:
@@ -168,9 +186,9 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         Returns:
             `Qwen2VLAOutput`, or Qwen2-VL's output without `actions`.
         """
-        if images is not None:
-            pixel_values, pixel_values_videos = _pixel_values(images)
         if actions is None:
+            if images is not None:
+                pixel_values, pixel_values_videos = _pixel_values(images)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -187,19 +205,25 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        hidden_states = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=self._token_types(input_ids, mm_token_type_ids),
-            use_cache=False,
-            **kwargs,
-        ).last_hidden_state  # (B, L, D), after the final norm
+        # hidden states (B, L, D), after the final norm
+        if images is not None and position_ids is not None and can_encode(self.model.language_model):
+            hidden_states = self._encode(input_ids, attention_mask, position_ids, images)
+        else:
+            if images is not None:
+                pixel_values, pixel_values_videos = _pixel_values(images)
+            hidden_states = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                mm_token_type_ids=self._token_types(input_ids, mm_token_type_ids),
+                use_cache=False,
+                **kwargs,
+            ).last_hidden_state
 
         is_label = labels != IGNORE_INDEX  # (B, L)
         if not logits_to_keep:

@@ -13,10 +13,10 @@ def to_patches(images: list[Tensor]) -> Tensor:
     The same as transformers' Qwen2VLImageProcessor without its resize: sample by sample, camera by camera, in blocks
     of 2 x 2 patches; a single image stands for two frames, an odd number of frames is filled up with the last one.
     """
-    return torch.cat([_camera_patches(image) for image in images], dim=1).flatten(0, 1)
+    return torch.cat([camera_patches(image) for image in images], dim=1).flatten(0, 1)
 
 
-def _camera_patches(image: Tensor) -> Tensor:
+def camera_patches(image: Tensor) -> Tensor:
     """(B, F, h, w, 3) uint8 -> (B, patches, 1176) float32, normalised."""
     batch, frames, height, width, _ = image.shape
     if frames > 1 and frames % TEMPORAL:

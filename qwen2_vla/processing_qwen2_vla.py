@@ -30,8 +30,8 @@ class Qwen2VLAProcess:
         image_size_wrist: (width, height) that cameras with `wrist` in their name are resized to first.
 
     Returns (of a call):
-        input_ids, labels, mm_token_type_ids (L,) int64 · images, K of (F, h, w, 3) uint8 on Qwen2-VL's grid ·
-        image_grid_thw (K, 3) int64 · state, action and is_pad as they came.
+        input_ids, labels, mm_token_type_ids (L,), position_ids (3, L), image_grid_thw (K, 3) int64 ·
+        images, K of (F, h, w, 3) uint8 on Qwen2-VL's grid · state, action and is_pad as they came.
         `["pixel_values"]` (patches, 1176) float32 is made of the images when asked for; training leaves that to the
         device. Images (K, F, 3, h, w) of F > 1 frames enter as videos: `video_grid_thw` and `pixel_values_videos`.
     """
@@ -72,6 +72,7 @@ class Qwen2VLAProcess:
                 input_ids=torch.cat([asked, answer]),
                 labels=torch.cat([torch.full_like(asked, IGNORE_INDEX), answer]),
                 mm_token_type_ids=torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(answer)]),
+                position_ids=_continued(prompt["position_ids"], len(answer)),
                 action=item["action"],
                 is_pad=item["is_pad"],
             )
@@ -124,7 +125,36 @@ class Qwen2VLAProcess:
         text = first + "".join(token * count + part for count, part in zip(counts, others))
         ids = torch.tensor(self.tokenizer(text).input_ids)  # (P,)
         token_types = (ids == token_id).long() * (2 if kind == "video" else 1)
-        return {"input_ids": ids, "mm_token_type_ids": token_types, f"{kind}_grid_thw": grid}
+        return {
+            "input_ids": ids,
+            "mm_token_type_ids": token_types,
+            "position_ids": _position_ids(ids == token_id, grid),
+            f"{kind}_grid_thw": grid,
+        }
+
+
+def _position_ids(is_picture: Tensor, grid: Tensor) -> Tensor:
+    """Time, row and column (3, L) of every token, as `Qwen2VLModel.get_rope_index` counts them: text goes on by one, a
+    picture's tokens start together and take as many numbers as its longer side has tokens."""
+    parts, position, token, grids = [], 0, 0, iter(grid.tolist())
+    while token < len(is_picture):
+        if is_picture[token]:
+            time, rows, columns = next(grids)
+            sides = (time, rows // MERGE, columns // MERGE)
+            parts.append(torch.cartesian_prod(*(torch.arange(n) for n in sides)).T + position)
+            position += max(sides[1:])
+        else:
+            end = token + int(is_picture[token:].int().argmax()) if is_picture[token:].any() else len(is_picture)
+            parts.append(torch.arange(position, position + end - token).expand(3, -1))
+            position += end - token
+        token += parts[-1].shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def _continued(position_ids: Tensor, count: int) -> Tensor:
+    """(3, L) -> (3, L + count) with text after it."""
+    start = int(position_ids.max()) + 1
+    return torch.cat([position_ids, torch.arange(start, start + count).expand(3, -1)], dim=1)
 
 
 class ModelInputs(dict):
