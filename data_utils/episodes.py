@@ -137,18 +137,18 @@ class OpenFiles:
     def __init__(self, opener: Callable, max_open: int):
         self.opener = opener
         self.max_open = max_open
-        self._forget()
-
-    def _forget(self):
         self.pid = os.getpid()
         self.files = OrderedDict()
+        self.of_parent = None
 
     def __reduce__(self):
         return type(self), (self.opener, self.max_open)
 
     def __getitem__(self, key: Hashable):
         if self.pid != os.getpid():
-            self._forget()
+            # kept, not closed: a decoder that is closed waits for its threads, and a fork has none of them
+            self.of_parent = self.files
+            self.pid, self.files = os.getpid(), OrderedDict()
         if key not in self.files:
             while len(self.files) >= self.max_open:
                 self.files.popitem(last=False)[1].close()

@@ -78,7 +78,12 @@ class Hdf5Episode(Episode):
         elif self._in_one_piece[camera] and (start := images.id.get_offset()) is not None:
             offset = start + t * (images.nbytes // len(images))
         if offset is None:  # in other pieces, or never written
-            return images[t]
+            try:
+                return images[t]
+            except OSError as error:
+                raise DatasetError(
+                    f"{self.path}: {IMAGES}/{camera}, frame {t}: expected a frame, found damaged data ({error})"
+                ) from error
         frame = np.empty(images.shape[1:], np.uint8)
         if os.preadv(self.plain_file.fileno(), [frame], offset) != frame.nbytes:
             raise DatasetError(f"{self.path}: {IMAGES}/{camera}, frame {t}: expected {frame.nbytes} bytes, found fewer")
@@ -132,19 +137,24 @@ def summarize_hdf5(path: str) -> EpisodeSummary:
             summary.sim = bool(file.attrs.get("sim", False))
             compressed = bool(file.attrs.get("compress", False))
             summary.action, summary.qpos = numbers("action"), numbers("observations/qpos")
-            if summary.action is None or summary.qpos is None:
+            if "action" not in file or not summary.length:
                 return summary
-            length = summary.length = summary.action.count
-            if summary.qpos.count != length:
+            length = summary.length
+            if summary.qpos is not None and summary.qpos.count != length:
                 summary.find("observations/qpos", f"{length} frames, as many as action has", summary.qpos.count)
+            if summary.action is not None and summary.qpos is not None:
+                summary.describe_motion(file["action"][()], file["observations/qpos"][()])
             if (language := dataset("language_raw")) is not None:
-                summary.findings += _text_findings(path, "language_raw", language)
+                texts, findings = _read_texts(path, "language_raw", language)
+                summary.findings += findings
+                summary.describe_instructions(texts[:1])
             name = "substep_reasonings" if "substep_reasonings" in file else "reasoning"
-            if name in file and (texts := dataset(name)) is not None and (texts.size or name != "reasoning"):
-                summary.reasonings = texts.size
-                summary.reasoning_findings = _text_findings(path, name, texts)
-                if name == "substep_reasonings" and texts.size != length:
-                    wrong = Finding(path, name, f"{length} texts, one per frame", str(texts.size))
+            if name in file and (stored := dataset(name)) is not None and (stored.size or name != "reasoning"):
+                summary.reasonings = stored.size
+                texts, summary.reasoning_findings = _read_texts(path, name, stored)
+                summary.describe_reasonings(texts)
+                if name == "substep_reasonings" and stored.size != length:
+                    wrong = Finding(path, name, f"{length} texts, one per frame", str(stored.size))
                     summary.reasoning_findings.insert(0, wrong)
             images = file.get(IMAGES)
             summary.cameras = sorted(images) if isinstance(images, h5py.Group) else []
@@ -155,15 +165,13 @@ def summarize_hdf5(path: str) -> EpisodeSummary:
     return summary
 
 
-def _text_findings(path: str, name: str, data: h5py.Dataset) -> list[Finding]:
+def _read_texts(path: str, name: str, data: h5py.Dataset) -> tuple[list[str], list[Finding]]:
     if data.dtype.kind not in "OSU" or not data.size:
-        return [Finding(path, name, "text", f"{data.shape} of {data.dtype}")]
+        return [], [Finding(path, name, "text", f"{data.shape} of {data.dtype}")]
     try:
-        for value in np.ravel(data[()]):
-            as_text(value)
+        return [as_text(value) for value in np.ravel(data[()])], []
     except UnicodeDecodeError as error:
-        return [Finding(path, name, "UTF-8 text", str(error))]
-    return []
+        return [], [Finding(path, name, "UTF-8 text", str(error))]
 
 
 def _check_camera(summary: EpisodeSummary, camera: str, data, compressed: bool):
@@ -183,6 +191,7 @@ def _check_camera(summary: EpisodeSummary, camera: str, data, compressed: bool):
         return find(name, "shape (N, height, width, 3)", data.shape)
     if len(data) != summary.length:
         return find(name, f"{summary.length} frames, as many as action has", len(data))
+    summary.image_sizes[camera] = list(jpeg_size(data[0])) if compressed else [data.shape[2], data.shape[1]]
     for t in (0, summary.length - 1) if compressed else ():
         if tuple(data[t, :2]) != JPEG_START:
             return find(f"{name}, frame {t}", "JPEG bytes", f"bytes that start with {data[t, :2].tolist()}")

@@ -94,6 +94,7 @@ def test_mixture_of_formats_with_mapped_cameras(tmp_path, processor):
     )  # fmt: skip
     assert plan.episode_lengths == [12, 12, 22, 31, 17] and plan.episode_sources == [0, 0, 1, 1, 1]
     assert torch.allclose(EpisodeSampler(plan).episode_probabilities()[:2].sum(), torch.tensor(0.25).double())
+    train[30]  # a decoder that is open here must not keep a forked worker waiting
     loader = torch.utils.data.DataLoader(train, batch_size=None, num_workers=2, sampler=[3, 30, 90])
     items = list(loader)
     assert [item["images"][0].shape for item in items] == [(1, 56, 56, 3)] * 3
