@@ -1,12 +1,15 @@
 """`python benchmarks/training_item.py`: what one training item costs a core, beside the least it could cost.
 
-Three raw 480x640 cameras (and the same as JPEG) -> 320x240, augmentation on, tokens, ready for the collator, a thread.
-The floor reads (and decodes) the same three frames and resizes each once with cv2. Both run in turn, in one process.
+Three cameras -> 320x240, augmentation on, tokens, collated, one thread; from raw and JPEG HDF5 episodes of 480x640, and
+from LeRobot videos (AV1, a key frame every second frame) of 240x320 and 480x640, frames at random. The floor reads
+the same three frames with h5py (and cv2.imdecode), or decodes them, and resizes each once with cv2. Item and floor take
+turns, in one process.
 """
 
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,33 +20,49 @@ import numpy as np
 import torch
 
 import qwen2_vla.environment  # noqa: F401
-from data_utils import Augmentation, EpisodicDataset, Qwen2VLADataCollatorForSupervisedDataset, get_norm_stats
+from data_utils import Augmentation, EpisodicDataset, Qwen2VLADataCollatorForSupervisedDataset, find_episodes
+from data_utils import get_norm_stats as stats_of
+from data_utils.convert import convert_to_lerobot
+from data_utils.convert.hdf5_files import write_hdf5_episode
+from data_utils.hdf5 import IMAGES, Hdf5Episode
 from qwen2_vla import Qwen2VLAProcess
 from qwen2_vla.loading import load_processor
 from qwen2_vla.tiny import write_tiny_model
 
 CAMERAS = ["cam_high", "cam_left_wrist", "cam_right_wrist"]
-FRAMES, ITEMS = 60, 200
+RAW, SMALL = (640, 480), (320, 240)
+FRAMES, ITEMS, BATCH = 60, 200, 12
 
 
-def write_episode(path: Path, jpeg: bool):
-    rng = np.random.default_rng(0)
-    with h5py.File(path, "w") as file:
-        file.attrs["sim"] = False
-        for camera in CAMERAS:
-            small = rng.integers(0, 255, (FRAMES, 12, 16, 3), dtype=np.uint8)
-            images = np.stack([cv2.resize(image, (640, 480), interpolation=cv2.INTER_CUBIC) for image in small])
-            if jpeg:
-                encoded = [cv2.imencode(".jpg", image)[1].reshape(-1) for image in images]
-                images = np.zeros((FRAMES, max(map(len, encoded))), np.uint8)
-                for row, data in zip(images, encoded):
-                    row[: len(data)] = data
-            file.create_dataset(f"observations/images/{camera}", data=images, chunks=(1, *images.shape[1:]))
-        if jpeg:
-            file.attrs["compress"] = True
-        file["action"] = file["observations/qpos"] = rng.normal(size=(FRAMES, 14))
-        file.create_dataset("language_raw", data=["Transfer the red cube to the other arm."])
-        file.create_dataset("substep_reasonings", data=["Pick up the cube."] * FRAMES)
+@lru_cache
+def scene(camera: int, t: int, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) uint8: soft shapes with a camera's noise, moving 3 pixels a frame."""
+    rng = np.random.default_rng(camera)
+    soft = cv2.resize(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8), RAW, interpolation=cv2.INTER_CUBIC)
+    grain = cv2.GaussianBlur(rng.integers(0, 255, (RAW[1], RAW[0], 3), dtype=np.uint8), (0, 0), 1.5)
+    return cv2.resize(np.roll(cv2.addWeighted(soft, 0.7, grain, 0.3, 0), 3 * t, axis=1), size)
+
+
+def write_episode(path: Path, *, jpeg: bool = False, size: tuple[int, int] = RAW, frames: int = FRAMES):
+    action = np.random.default_rng(0).normal(size=(frames, 14)).astype(np.float32)
+    write_hdf5_episode(
+        path,
+        source="benchmark",
+        action=action,
+        qpos=action,
+        language="Transfer the red cube to the other arm.",
+        sim=True,
+        cameras={name: [scene(k, t, size) for t in range(frames)] for k, name in enumerate(CAMERAS)},
+        reasonings=["Pick up the cube."] * frames,
+        jpeg_quality=90 if jpeg else None,
+    )
+
+
+def write_lerobot(folder: Path, *, episodes: int = 1, frames: int = FRAMES, size: tuple[int, int] = SMALL):
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(episodes):
+            write_episode(Path(scratch) / f"episode_{i}.hdf5", size=size, frames=frames)
+        convert_to_lerobot(Path(scratch), folder)
 
 
 def milliseconds(function, arguments) -> float:
@@ -53,47 +72,66 @@ def milliseconds(function, arguments) -> float:
     return (time.perf_counter() - start) / len(arguments) * 1e3
 
 
+def measure(name: str, path: str, processor):
+    rng = np.random.default_rng(0)
+    order = rng.integers(0, FRAMES, ITEMS).tolist()
+    process = Qwen2VLAProcess(processor, CAMERAS)
+    data = EpisodicDataset([path], CAMERAS, stats_of([path]), 50, augment=True, transform=process)
+    collate = Qwen2VLADataCollatorForSupervisedDataset(pad_token_id=processor.tokenizer.pad_token_id)
+    episode = data.episodes[path]
+
+    def read(t):
+        return [episode.frame(camera, t, SMALL) for camera in CAMERAS]
+
+    plain = h5py.File(path) if isinstance(episode, Hdf5Episode) else None
+
+    def floor(t):
+        if plain:
+            frames = [plain[f"{IMAGES}/{camera}"][t] for camera in CAMERAS]
+            frames = [cv2.imdecode(frame, cv2.IMREAD_COLOR) if episode.compressed else frame for frame in frames]
+        else:
+            frames = read(t)
+        return [cv2.resize(frame, SMALL) for frame in frames]
+
+    def augment(draw):
+        return [draw(frame, size) for frame, size in zip(frames, data.augmented_sizes)]
+
+    for t in order[:20]:
+        data[t], floor(t)
+    turns = [(milliseconds(data.__getitem__, [a]), milliseconds(floor, [b])) for a, b in zip(order, order[::-1])]
+    item, least = np.mean(turns, axis=0)
+    frames, reading = floor(0), milliseconds(read, order)
+    resize = milliseconds(lambda frames: [cv2.resize(frame, SMALL) for frame in frames], [read(0)] * 50)
+    augmenting = milliseconds(augment, [Augmentation.draw(rng) for _ in range(50)])
+    images = data._images(episode, 0, (0,))
+    ready = {"images": images, "state": torch.zeros(14), "action": torch.zeros(50, 14), "is_pad": torch.zeros(50),
+             "raw_lang": episode.instruction(0), "reasoning": episode.reasoning(0)}  # fmt: skip
+    text = milliseconds(process, [ready] * 50)
+    collating = milliseconds(collate, [[data[t] for t in order[:BATCH]]] * 20) / BATCH
+    print(
+        f"{name:16s} {item:5.2f} ms an item, floor {least:5.2f} ms, ratio {item / least:4.2f} | read and decode "
+        f"{reading:5.2f}, resize {resize:4.2f}, augment {augmenting:4.2f}, text {text:4.2f}, collate {collating:4.2f}"
+    )
+
+
 def main():
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    folder = Path(tempfile.mkdtemp())
-    write_tiny_model(folder / "model")
-    processor = load_processor(str(folder / "model"))
-    rng = np.random.default_rng(0)
-    order = rng.integers(0, FRAMES, ITEMS).tolist()
-    for kind in ("raw", "jpeg"):
-        path = str(folder / f"{kind}.hdf5")
-        write_episode(path, jpeg=kind == "jpeg")
-        stats, process = get_norm_stats([path]), Qwen2VLAProcess(processor, CAMERAS)
-        data = EpisodicDataset([path], CAMERAS, stats, 50, augment=True, transform=process)
-        raw_items = EpisodicDataset([path], CAMERAS, stats, 50)
-        episode = data.episodes[path]
-
-        def read(t, episode=episode):
-            return [episode.frame(camera, t) for camera in CAMERAS]
-
-        def floor(t, read=read):
-            return [cv2.resize(frame, (320, 240)) for frame in read(t)]
-
-        for t in order[:20]:
-            data[t], floor(t)
-        turns = [(milliseconds(data.__getitem__, [a]), milliseconds(floor, [b])) for a, b in zip(order, order[::-1])]
-        item, least = np.mean(turns, axis=0)
-        frames = floor(0)
-        augmented = [Augmentation.draw(rng) for _ in range(50)]
-        augmenting = milliseconds(lambda augment, frames=frames: [augment(frame) for frame in frames], augmented)
-        items = [raw_items[t] for t in order[:50]]
-        milliseconds(process, items)  # fills the caches of texts
-        patches = milliseconds(lambda item, process=process: process._images(item["images"]), items)
-        text = milliseconds(process, items) - patches
-        collator = Qwen2VLADataCollatorForSupervisedDataset(pad_token_id=processor.tokenizer.pad_token_id)
-        batch = [data[t] for t in order[:12]]
-        collating = milliseconds(collator, [batch] * 10) / len(batch)
-        print(
-            f"{kind}: {item:.1f} ms an item, floor {least:.1f} ms, ratio {item / least:.1f}; of it read and decode "
-            f"{milliseconds(read, order[:50]):.1f}, resize {least - milliseconds(read, order[:50]):.1f}, augment "
-            f"{augmenting:.1f}, patches {patches:.1f}, text and labels {text:.1f}; then collating {collating:.1f}"
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_tiny_model(folder / "model")
+        processor = load_processor(str(folder / "model"))
+        write_episode(folder / "raw.hdf5")
+        write_episode(folder / "jpeg.hdf5", jpeg=True)
+        write_lerobot(folder / "small", size=SMALL)
+        write_lerobot(folder / "large", size=RAW)
+        for name, path in (
+            ("raw", folder / "raw.hdf5"),
+            ("JPEG", folder / "jpeg.hdf5"),
+            ("video 240x320", find_episodes(folder / "small")[0]),
+            ("video 480x640", find_episodes(folder / "large")[0]),
+        ):
+            measure(name, str(path), processor)
 
 
 if __name__ == "__main__":
