@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augment import Augmentation, center_crop
+from .doctor.checks import print_fast_findings
 from .episodes import Episode, OpenFiles, find_episodes, open_episode, stored_camera
 from .errors import DatasetError
 from .index import check_episodes, summarize_all
@@ -207,7 +208,8 @@ def load_data(
     The validation episodes are drawn from the first directory alone; the others are training data. `dataset_options`
     go to `EpisodicDataset`.
 
-    What was found in the episodes is kept between runs (see `summarize_all`).
+    What was found in the episodes is kept between runs (see `summarize_all`). With `show_progress`, what looks wrong
+    with them is printed; see `python -m data_utils.doctor`.
 
     Returns:
         training set, validation set (None when the split leaves nothing for it), statistics, sampling plan.
@@ -247,6 +249,8 @@ def load_data(
     stats_paths = dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder])
     use_reasoning = dataset_options.get("use_reasoning", True)
     check_episodes({p: summaries[p] for p in in_use}, camera_names, use_reasoning, action_dim, state_dim, camera_map)
+    if show_progress:
+        print_fast_findings([summaries[p] for p in in_use], chunk_size, camera_names, camera_map, use_reasoning)
     first_summary = summaries[train[0][0]]
     check_episodes(
         {path: summaries[path] for path in stats_paths},

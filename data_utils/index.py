@@ -17,7 +17,7 @@ from .hdf5 import summarize_hdf5
 from .lerobot import LeRobotDataset, summarize_lerobot
 from .summary import EpisodeSummary
 
-FORMAT = 1  # of the kept summaries; raise it when EpisodeSummary or a check changes
+FORMAT = 2  # of the kept summaries; raise it when EpisodeSummary or a check changes
 WORTH_A_POOL = 64  # episodes; fewer are read faster than processes start
 
 

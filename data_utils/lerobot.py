@@ -226,6 +226,10 @@ def summarize_lerobot(path: str) -> EpisodeSummary:
     summary.action = summary.check_numbers(dataset.action, episode.action)
     summary.qpos = summary.check_numbers(dataset.state, episode.qpos)
     summary.length = len(episode.seconds)
+    if summary.action is not None and summary.qpos is not None:
+        summary.describe_motion(episode.action, episode.qpos)
+    summary.describe_instructions(dataset.tasks[i] for i in set(episode.task_indices) & set(dataset.tasks))
+    summary.describe_reasonings(episode.reasonings)
     if summary.length != files.length:
         summary.find(str(files.table), f"{files.length} rows of the episode, as meta says", summary.length)
     unknown = sorted(set(episode.task_indices) - set(dataset.tasks))
@@ -235,6 +239,10 @@ def summarize_lerobot(path: str) -> EpisodeSummary:
         empty = episode.reasonings.index(None)
         summary.reasoning_findings.append(Finding(path, f"reasoning, frame {empty}", "a text", "none"))
     for camera, feature in dataset.cameras.items():
+        about = dataset.info["features"][feature]
+        shape = dict(zip(about.get("names") or (), about["shape"]))
+        if "width" in shape and "height" in shape:
+            summary.image_sizes[camera] = [shape["width"], shape["height"]]
         if feature in files.videos and summary.length:
             video, start = files.videos[feature]
             try:
