@@ -87,8 +87,17 @@ def main(argv: list[str] | None = None):
     set_seed(training_args.seed + training_args.process_index)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from)
-    except UserError as error:  # only this rank knows of it, and a loader's worker wraps it into its traceback
-        raise SystemExit(f"error on rank {training_args.process_index}: {str(error).splitlines()[-1]}") from None
+    except UserError as error:  # only this rank may know of it
+        text = str(error)
+        if "Original Traceback" in text:  # of a loader's worker; the message is its last line
+            text = text.splitlines()[-1]
+        raise SystemExit(f"error on rank {training_args.process_index}: {text}") from None
+    if trainer.stop_on_signal.stopped_at is not None:
+        say(
+            f"stopped by SIGTERM after step {trainer.stop_on_signal.stopped_at}; the same command with "
+            "--resume_from_checkpoint True goes on"
+        )
+        return
     trainer.save_model()
     if training_args.lora_enable and training_args.should_save:
         merge_adapters(training_args.output_dir)  # the adapters as such are in the checkpoints

@@ -166,8 +166,9 @@ def propose(
     """
     check_output(output)
     names = EpisodeNames(dataset)
-    old = Path(output).read_text(encoding="utf-8-sig") if Path(output).exists() else ""
-    segments = read_labels(output)[0] if old else []
+    begun = Path(output).exists() and Path(output).stat().st_size > 0
+    segments = read_labels(output)[0] if begun else []
+    old = Path(output).read_text(encoding="utf-8-sig") if begun else ""
     done = {path for segment in segments for path in names.find(segment.episode)}
     missing = {name: path for name, path in names.paths.items() if path not in done}
     if done:

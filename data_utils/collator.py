@@ -18,7 +18,8 @@ class Qwen2VLADataCollatorForSupervisedDataset:
         images list of K (B, F, h, w, 3) uint8 RGB on Qwen2-VL's grid, F frames (1 without history), which the model
             normalises and cuts into patches · image_grid_thw (B*K, 3) int64, `video_grid_thw` for F > 1 ·
         states (B, S) float32 · actions (B, T, A) float32 in [-1, 1] · is_pad (B, T) bool ·
-        logits_to_keep int: the longest answer plus one, so that no prompt position gets logits
+        logits_to_keep int: the longest answer plus one, so that no prompt position gets logits ·
+        sources list of B (episode path, frame), token_counts list of B int: for the log; the model ignores them
     """
 
     pad_token_id: int
@@ -45,6 +46,8 @@ class Qwen2VLADataCollatorForSupervisedDataset:
                 "labels": pad("labels", IGNORE_INDEX),
                 "actions": torch.stack([item["action"] for item in items]),
                 "is_pad": torch.stack([item["is_pad"] for item in items]),
+                "sources": [item.get("source") for item in items],
+                "token_counts": lengths.tolist(),
                 "logits_to_keep": max(int((item["labels"] != IGNORE_INDEX).sum()) for item in items) + 1,
             }
         return batch

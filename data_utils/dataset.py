@@ -26,7 +26,8 @@ class EpisodicDataset(Dataset):
 
     An item without `transform` (K cameras, S state and A action dimensions, T = `chunk_size`):
         images (K, 3, h, w) uint8 RGB · state (S,) float32 normalised · action (T, A) float32 in [-1, 1] ·
-        is_pad (T,) bool, True beyond the episode's end · raw_lang str · reasoning str ("" without `use_reasoning`)
+        is_pad (T,) bool, True beyond the episode's end · raw_lang str · reasoning str ("" without `use_reasoning`) ·
+        source (episode path, frame)
     With `history_images_length` F > 1, images are (K, F, 3, h, w): the F - 1 frames before, then the current one.
 
     Args:
@@ -110,6 +111,7 @@ class EpisodicDataset(Dataset):
             "is_pad": torch.from_numpy(is_pad),
             "raw_lang": episode.instruction(t),
             "reasoning": episode.reasoning(t) or "" if self.use_reasoning else "",
+            "source": (path, t),
         }
         if self.transform:
             return self.transform(item)

@@ -35,6 +35,18 @@ class Hdf5Episode(Episode):
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
         self.file = open_hdf5(path)
+        try:
+            self._read_all()
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            self.file.close()
+            summary = summarize_hdf5(self.path)
+            findings = [*summary.findings, *summary.reasoning_findings]
+            problem = findings[0] if findings else f"{path}: expected an episode, found something else ({error})"
+            raise DatasetError(str(problem)) from error
+        self.plain_file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the episode; see _read
+        self._in_one_piece: dict[str, bool] = {}
+
+    def _read_all(self):
         self.sim = bool(self.file.attrs.get("sim", False))
         self.compressed = bool(self.file.attrs.get("compress", False))
         self.action = self.file["action"][()].astype(np.float32)
@@ -42,10 +54,9 @@ class Hdf5Episode(Episode):
         self._instruction = as_text(np.ravel(self.file["language_raw"][()])[0])
         source = next((name for name in ("substep_reasonings", "reasoning") if name in self.file), None)
         self._reasonings = [as_text(text) for text in np.ravel(self.file[source][()])] if source else []
-        self.images = {name: self.file[f"{IMAGES}/{name}"] for name in self.file.get(IMAGES, ())}
+        images = {name: self.file.get(f"{IMAGES}/{name}") for name in self.file.get(IMAGES, ())}
+        self.images = {name: data for name, data in images.items() if isinstance(data, h5py.Dataset)}
         self.camera_names = list(self.images)
-        self.plain_file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as the episode; see _read
-        self._in_one_piece: dict[str, bool] = {}
 
     def instruction(self, t: int) -> str:
         return self._instruction
@@ -124,8 +135,8 @@ def summarize_hdf5(path: str) -> EpisodeSummary:
     with open_hdf5(path) as file:
 
         def dataset(name: str) -> h5py.Dataset | None:
-            if isinstance(file.get(name), h5py.Dataset):
-                return file[name]
+            if isinstance(data := file.get(name), h5py.Dataset) and data.shape is not None:
+                return data
             summary.find(name, "a dataset", f"none (the file holds {', '.join(sorted(file)) or 'nothing'})")
             return None
 
@@ -153,13 +164,13 @@ def summarize_hdf5(path: str) -> EpisodeSummary:
                 summary.reasonings = stored.size
                 texts, summary.reasoning_findings = _read_texts(path, name, stored)
                 summary.describe_reasonings(texts)
-                if name == "substep_reasonings" and stored.size != length:
-                    wrong = Finding(path, name, f"{length} texts, one per frame", str(stored.size))
-                    summary.reasoning_findings.insert(0, wrong)
+                if stored.size != length and (name == "substep_reasonings" or stored.size > 1):
+                    expected = f"{length} texts, one per frame" + (", or one" if name == "reasoning" else "")
+                    summary.reasoning_findings.insert(0, Finding(path, name, expected, str(stored.size)))
             images = file.get(IMAGES)
             summary.cameras = sorted(images) if isinstance(images, h5py.Group) else []
             for camera in summary.cameras:
-                _check_camera(summary, camera, images[camera], compressed)
+                _check_camera(summary, camera, images.get(camera), compressed)
         except (OSError, RuntimeError) as error:  # what HDF5 raises on broken chunks
             summary.find("", "a readable HDF5 file", f"a damaged one ({error})", "record or copy it again")
     return summary
@@ -180,7 +191,7 @@ def _check_camera(summary: EpisodeSummary, camera: str, data, compressed: bool):
 
     name = f"{IMAGES}/{camera}"
     if not isinstance(data, h5py.Dataset):
-        return find(name, "a dataset", "a group")
+        return find(name, "a dataset", "a link that leads nowhere" if data is None else "a group")
     if data.dtype != np.uint8:
         return find(name, "uint8", data.dtype)
     if compressed and data.ndim != 2:

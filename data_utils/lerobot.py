@@ -5,6 +5,7 @@ The layout was read off datasets written by lerobot 0.3.3 and 0.4.4; the package
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .episodes import CAMERA_PREFIX, Episode, OpenFiles
@@ -21,6 +23,7 @@ from .video import VideoReader
 
 ACTION_NAMES, STATE_NAMES = ("action", "actions"), ("observation.state", "state")
 NAME = "episode_{:06d}"
+LISTS = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
 
 
 @dataclass
@@ -37,10 +40,22 @@ class LeRobotDataset:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.info = json.loads((self.folder / "meta" / "info.json").read_text())
+        try:
+            self._read()
+        except DatasetError:
+            raise
+        # what JSON and tables of another form lead to
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise DatasetError(
+                f"{folder}/meta: expected the metadata of a LeRobot dataset (v2.0, v2.1 or v3.0), found something else "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def _read(self):
+        self.info = _json((self.folder / "meta" / "info.json").read_text("utf-8"), self.folder / "meta" / "info.json")
         version = str(self.info.get("codebase_version"))
         if not version.startswith(("v2.", "v3.")):
-            raise DatasetError(f"{folder}: codebase_version: expected v2.0, v2.1 or v3.0, found {version}")
+            raise DatasetError(f"{self.folder}: codebase_version: expected v2.0, v2.1 or v3.0, found {version}")
         features = self.info["features"]
         self.cameras = {
             name.removeprefix(CAMERA_PREFIX): name for name in features if features[name]["dtype"] in ("video", "image")
@@ -49,12 +64,7 @@ class LeRobotDataset:
         self.has_reasoning = features.get("reasoning", {}).get("dtype") == "string"
         # LeRobot's own recordings pair an action with the observation it answers; ours say so when it is not so
         self.sim = bool(self.info.get("dexvla", {}).get("sim", True))
-        try:
-            self.tasks, self.episodes = self._read_v2() if version.startswith("v2.") else self._read_v3()
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise DatasetError(
-                f"{folder}: expected the metadata of a LeRobot {version} dataset, found {error}"
-            ) from error
+        self.tasks, self.episodes = self._read_v2() if version.startswith("v2.") else self._read_v3()
 
     @classmethod
     def at(cls, folder: str | os.PathLike) -> "LeRobotDataset":
@@ -123,8 +133,15 @@ def _dataset(folder: str, mtime_ns: int, size: int) -> LeRobotDataset:
 
 
 def _json_lines(path: Path) -> list[dict]:
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.strip()]
+    with open(path, encoding="utf-8") as file:
+        return [_json(line, f"{path}, line {number}") for number, line in enumerate(file, 1) if line.strip()]
+
+
+def _json(text: str, place: str | Path) -> dict:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DatasetError(f"{place}: expected JSON, found something else ({error})") from error
 
 
 class DataFile:
@@ -134,11 +151,12 @@ class DataFile:
         self.path = path
         try:
             self.file = pq.ParquetFile(path)
-            self.episodes = self.file.read(["episode_index"], use_threads=False).column(0).to_numpy()  # (rows,)
-        except (OSError, KeyError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException) as error:
             raise DatasetError(f"{path}: expected a readable parquet table, found {error}") from error
         metadata = self.file.metadata
-        self.ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        every_group = range(metadata.num_row_groups)
+        self.episodes = self._read(every_group, ["episode_index"]).column(0).to_numpy()  # (rows,)
+        self.ends = np.cumsum([metadata.row_group(i).num_rows for i in every_group])
         self.images: tuple[tuple[str, int] | None, list] = (None, [])  # the row group of images read last
 
     def rows_of(self, episode: int) -> slice:
@@ -147,18 +165,24 @@ class DataFile:
 
     def read(self, columns: list[str], rows: slice) -> pa.Table:
         first, last = np.searchsorted(self.ends, [rows.start, max(rows.stop - 1, 0)], side="right")
-        try:
-            table = self.file.read_row_groups(list(range(first, last + 1)), columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise DatasetError(f"{self.path}: expected columns {', '.join(columns)}, found {error}") from error
+        table = self._read(range(first, last + 1) if rows.stop else (), columns)
         start = rows.start - (int(self.ends[first - 1]) if first else 0)
         return table.slice(start, rows.stop - rows.start)
+
+    def _read(self, groups: Iterable[int], columns: list[str]) -> pa.Table:
+        names = self.file.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:  # pyarrow would leave them out
+            raise DatasetError(f"{self.path}: expected a column {missing[0]}, found only {', '.join(names)}")
+        try:
+            return self.file.read_row_groups(list(groups), columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DatasetError(f"{self.path}: expected a readable parquet table, found {error}") from error
 
     def image(self, feature: str, row: int) -> dict:
         """{"bytes", "path"} of an embedded image. Its row group is kept, since neighbours are often asked for."""
         group = int(np.searchsorted(self.ends, row, side="right"))
         if self.images[0] != (feature, group):
-            self.images = ((feature, group), self.file.read_row_group(group, [feature], use_threads=False).column(0))
+            self.images = ((feature, group), self._read([group], [feature]).column(0))
         return self.images[1][row - (int(self.ends[group - 1]) if group else 0)].as_py()
 
     def close(self):
@@ -181,16 +205,27 @@ class LeRobotEpisode(Episode):
         self.rows = data.rows_of(self.index)
         columns = [self.dataset.action, self.dataset.state, "timestamp", "task_index"]
         table = data.read(columns + ["reasoning"] * self.dataset.has_reasoning, self.rows)
-        self.action, self.qpos = (self._matrix(table, name) for name in columns[:2])
-        self.seconds = table["timestamp"].to_numpy().astype(np.float64)  # (N,), from the episode's start
+        self.action, self.qpos = (self._matrix(table, name).astype(np.float32) for name in columns[:2])
+        self.seconds = self._matrix(table, "timestamp").reshape(-1).astype(np.float64)  # (N,), from the episode's start
+        if not np.isfinite(self.seconds).all():
+            frame = np.flatnonzero(~np.isfinite(self.seconds))[0]
+            raise DatasetError(f"{path}: timestamp, frame {frame}: expected seconds, found none")
         self.task_indices = table["task_index"].to_pylist()
         self.reasonings = table["reasoning"].to_pylist() if self.dataset.has_reasoning else []
 
     def _matrix(self, table: pa.Table, name: str) -> np.ndarray:
-        """A column of N lists of D numbers -> (N, D) float32."""
-        column = table[name].combine_chunks()
-        numbers = column.flatten() if pa.types.is_nested(column.type) else column
-        return numbers.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(table), -1 if len(table) else 0)
+        """A column of N lists of D numbers, or of N numbers -> (N, D), NaN for none."""
+        column = values = table[name].combine_chunks()
+        if any(is_type(column.type) for is_type in LISTS):
+            sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            if (sizes != sizes[:1]).any() or column.null_count:
+                odd = int(np.flatnonzero(sizes != np.median(sizes))[:1].sum())
+                expected = f"{np.median(sizes):.0f} numbers, as in most frames"
+                raise DatasetError(f"{self.path}: {name}, frame {odd}: expected {expected}, found {sizes[odd]}")
+            values = column.flatten()
+        if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+            raise DatasetError(f"{self.path}: {name}: expected numbers, or lists of them, found {column.type}")
+        return values.to_numpy(zero_copy_only=False).reshape(len(table), -1 if len(table) else 0)
 
     def instruction(self, t: int) -> str:
         return self.dataset.tasks[self.task_indices[t]]
@@ -204,8 +239,12 @@ class LeRobotEpisode(Episode):
             path, start = self.files.videos[feature]
             return _videos[path].frame(start + self.seconds[t])
         stored = _tables[self.files.table].image(feature, self.rows.start + t)
-        encoded = stored["bytes"] or (self.dataset.folder / stored["path"]).read_bytes()
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        try:
+            encoded = stored["bytes"] or (self.dataset.folder / stored["path"]).read_bytes()
+            image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        except (OSError, TypeError, KeyError, cv2.error) as error:  # no such file; neither bytes nor a path
+            place = f"{self.path}: {feature}, frame {t}"
+            raise DatasetError(f"{place}: expected an encoded image, found none ({error})") from error
         if image is None:
             raise DatasetError(f"{self.path}: {feature}, frame {t}: expected an encoded image, found something else")
         return image
@@ -223,15 +262,15 @@ def summarize_lerobot(path: str) -> EpisodeSummary:
     episode = LeRobotEpisode(path)
     dataset, files = episode.dataset, episode.files
     summary = EpisodeSummary(path, sim=episode.sim, cameras=episode.camera_names, reasonings=len(episode.reasonings))
+    summary.length = len(episode.seconds)
+    if summary.length != files.length:
+        summary.find(str(files.table), f"{files.length} rows of the episode, as meta says", summary.length)
     summary.action = summary.check_numbers(dataset.action, episode.action)
     summary.qpos = summary.check_numbers(dataset.state, episode.qpos)
-    summary.length = len(episode.seconds)
     if summary.action is not None and summary.qpos is not None:
         summary.describe_motion(episode.action, episode.qpos)
     summary.describe_instructions(dataset.tasks[i] for i in set(episode.task_indices) & set(dataset.tasks))
     summary.describe_reasonings(episode.reasonings)
-    if summary.length != files.length:
-        summary.find(str(files.table), f"{files.length} rows of the episode, as meta says", summary.length)
     unknown = sorted(set(episode.task_indices) - set(dataset.tasks))
     if unknown:
         summary.find("task_index", f"one of {len(dataset.tasks)} tasks of meta", unknown[0])
@@ -240,7 +279,7 @@ def summarize_lerobot(path: str) -> EpisodeSummary:
         summary.reasoning_findings.append(Finding(path, f"reasoning, frame {empty}", "a text", "none"))
     for camera, feature in dataset.cameras.items():
         about = dataset.info["features"][feature]
-        shape = dict(zip(about.get("names") or (), about["shape"]))
+        shape = dict(zip(about.get("names") or (), about.get("shape") or ()))
         if "width" in shape and "height" in shape:
             summary.image_sizes[camera] = [shape["width"], shape["height"]]
         if feature in files.videos and summary.length:

@@ -120,6 +120,8 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_eval_batch_size: int = 32
     remove_unused_columns: bool = False
     report_to: None | str | list[str] = "tensorboard"
+    # transformers would look at every loss on the host; ours are looked at when something is logged
+    logging_nan_inf_filter: bool = False
 
     llm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the language loss."})
     flash_attn: bool = field(default=False, metadata={"help": "flash_attention_2 where installed, else SDPA."})
@@ -130,6 +132,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "True: go on from the newest checkpoint of output_dir; or a checkpoint's path."}
     )
     load_pretrain: bool = field(default=False, metadata={"help": "Take config and weights from --model_pretrain."})
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Steps whose loss or gradient is not finite are skipped; more than this stop."}
+    )
     logging_dir: str | None = field(default=None, metadata={"help": "TensorBoard folder. Default: output_dir/runs."})
     warmup_ratio: float = field(default=0.0, metadata={"help": "Warm-up, as a share of all steps."})
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
@@ -148,6 +153,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        if self.accelerator_config is None and torch.accelerator.is_available():
+            self.accelerator_config = {"non_blocking": True}  # batches travel while the device works
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1, transformers reads it as a share of all steps
         if self.logging_dir is not None:

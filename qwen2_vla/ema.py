@@ -46,8 +46,8 @@ class EMACallback(TrainerCallback):
         current = [p.float() for p in self._trained(model).values()]
         torch._foreach_lerp_(self.average, current, 1 - self.decay(state.global_step))
 
-    def on_save(self, args, state, control, **kwargs):
+    def save(self, args, folder: str):
+        """Part of writing a checkpoint, so that none lacks it."""
         if args.should_save:
-            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             tensors = {name: tensor.cpu() for name, tensor in zip(self.names, self.average)}
             save_file(tensors, os.path.join(folder, EMA_FILE))

@@ -173,6 +173,8 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         actions: Tensor | None = None,
         states: Tensor | None = None,
         is_pad: Tensor | None = None,
+        sources: list | None = None,
+        token_counts: list[int] | None = None,
         **kwargs,
     ):
         """Without `actions` this is Qwen2-VL's forward. With them, one training step; see the collator for the batch.
@@ -182,6 +184,7 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
             images: one (B, F, h, w, 3) uint8 per camera.
             logits_to_keep: how many positions from the end hold answer tokens, plus one; 0 finds out (a host sync).
             actions: (B, T, A) normalised. states: (B, S) normalised. is_pad: (B, T) bool.
+            sources, token_counts: part of the batch, without effect here.
 
         Returns:
             `Qwen2VLAOutput`, or Qwen2-VL's output without `actions`.

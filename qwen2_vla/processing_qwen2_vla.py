@@ -31,7 +31,7 @@ class Qwen2VLAProcess:
 
     Returns (of a call):
         input_ids, labels, mm_token_type_ids (L,), position_ids (3, L), image_grid_thw (K, 3) int64 ·
-        images, K of (F, h, w, 3) uint8 on Qwen2-VL's grid · state, action and is_pad as they came.
+        images, K of (F, h, w, 3) uint8 on Qwen2-VL's grid · state, action, is_pad, source as they came.
         `["pixel_values"]` (patches, 1176) float32 is made of the images when asked for; training leaves that to the
         device. Images (K, F, 3, h, w) of F > 1 frames enter as videos: `video_grid_thw` and `pixel_values_videos`.
     """
@@ -75,6 +75,7 @@ class Qwen2VLAProcess:
                 position_ids=_continued(prompt["position_ids"], len(answer)),
                 action=item["action"],
                 is_pad=item["is_pad"],
+                source=item.get("source"),
             )
         return inputs
 

@@ -1,16 +1,34 @@
+import os
 from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from data_utils import EpisodeSampler, SamplingPlan, save_stats
 
+from .ema import EMACallback
+from .environment import use_plain_layout
 from .loading import load_adapted_head, load_weights, save_adapted_head
+from .meter import StepMeter
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
+from .safety import FiniteSteps, StopOnSignal, written_beside
 
 EXTRA_LOSSES = ("llm_loss", "action_loss")
+
+
+class SetEpoch(TrainerCallback):
+    """On several ranks, transformers and accelerate do not reach the sampler in the epoch that a resumed run goes on
+    with: it would repeat the first epoch's order."""
+
+    def __init__(self, sampler: EpisodeSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch))
 
 
 class QWen2VLATrainer(Trainer):
@@ -26,6 +44,14 @@ class QWen2VLATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.sampling_plan = sampling_plan
         self.norm_stats = norm_stats
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
+        self.finite_steps = FiniteSteps(self.args.max_skipped_steps)
+        self.meter = StepMeter()
+        self._run_dir: str | None = None  # while a checkpoint is written
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                use_plain_layout(module.weight)
         # sums over samples of each extra loss, then the number of samples: (len(EXTRA_LOSSES) + 1,)
         self._loss_sums = {mode: self._zeros() for mode in ("train", "eval")}
 
@@ -38,12 +64,30 @@ class QWen2VLATrainer(Trainer):
         return super()._prepare_inputs(inputs) | exact
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        sources, _ = inputs.pop("sources", None), inputs.pop("token_counts", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         # Stays on the device; it is read when something is logged
         self._losses = torch.stack([outputs[name].detach().float() for name in EXTRA_LOSSES])
         if model.training:
+            self.finite_steps.watch(self.state.global_step + 1, loss, sources)
             self._add_losses("train", self._losses[None], len(inputs["input_ids"]))
+            self.meter.count(len(inputs["input_ids"]))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        # what is not finite is skipped and reported; in the mean it would hide all other steps
+        return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, torch.Tensor) and self.accelerator.scaler is None:
+            self.finite_steps.watch(self.state.global_step + 1, norm)
+            self.finite_steps.guard(self.optimizer.optimizer, norm)
+        return norm
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.meter.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         result = super().prediction_step(model, inputs, *args, **kwargs)
@@ -53,7 +97,8 @@ class QWen2VLATrainer(Trainer):
 
     def _add_losses(self, mode: str, losses: torch.Tensor, samples_each: int = 1):
         """`losses` (N, len(EXTRA_LOSSES)), each the mean over `samples_each` samples."""
-        self._loss_sums[mode] += F.pad(losses, (0, 1), value=1.0).sum(dim=0) * samples_each
+        finite = losses.isfinite().all(dim=1, keepdim=True)
+        self._loss_sums[mode] += torch.where(finite, F.pad(losses, (0, 1), value=1.0), 0.0).sum(dim=0) * samples_each
 
     def _take_losses(self, mode: str, prefix: str = "") -> dict[str, float]:
         """Means since the last call, over all ranks (for "eval" every rank has them all already)."""
@@ -64,7 +109,9 @@ class QWen2VLATrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs:
+            self.finite_steps.report(self.accelerator)
             logs = {"loss": logs.pop("loss"), **self._take_losses("train"), **logs}
+            logs |= self.meter.read(self.args.world_size, None)
         super().log(logs, *args, **kwargs)
 
     @contextmanager
@@ -77,7 +124,7 @@ class QWen2VLATrainer(Trainer):
             yield
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        with self._fixed_noise():
+        with self._fixed_noise(), self.meter.pause():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._take_losses("eval", f"{metric_key_prefix}_"))
         return output
@@ -100,7 +147,37 @@ class QWen2VLATrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.sampling_plan is None:
             return super()._get_train_sampler(train_dataset)
-        return EpisodeSampler(self.sampling_plan, seed=self.args.seed)
+        sampler = EpisodeSampler(self.sampling_plan, seed=self.args.seed)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
+
+    def _get_output_dir(self, trial):
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Written whole beside its place first: a kill or a full disk leaves the checkpoints before it as they are."""
+        output_dir, state = self.args.output_dir, self.state
+        with self.meter.pause():
+            with written_beside(output_dir, state.global_step, self.accelerator) as self._run_dir:
+                try:
+                    super()._save_checkpoint(model, trial)
+                    self._finish_checkpoint(os.path.join(self._run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+                finally:
+                    self._run_dir = None
+            if self.args.should_save:
+                best = state.best_model_checkpoint
+                rotate_checkpoints(output_dir, self.args.save_total_limit, best, use_mtime=True)
+
+    def _finish_checkpoint(self, folder: str):
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EMACallback):
+                callback.save(self.args, folder)
+        state = self.state
+        best = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if state.best_global_step and (state.best_global_step == state.global_step or os.path.isdir(best)):
+            state.best_model_checkpoint = best  # not where it is written at the moment
+            if self.args.should_save:
+                state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         # transformers compares key names as they are, and would keep every weight that was saved under its old name

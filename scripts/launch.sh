@@ -57,6 +57,17 @@ PY
     [ -n "$zero" ] && flags+=(--deepspeed "$zero")
     mkdir -p "$OUTPUT"
     echo "training on $count x $device ($precision), output in $OUTPUT"
-    set -o pipefail
-    PATH=$(dirname "$python"):$PATH "${command[@]}" "${flags[@]}" "$@" "${EXTRA_FLAGS[@]}" 2>&1 | tee -a "$OUTPUT/log.log"
+    # SIGTERM (the machine is wanted elsewhere) and Ctrl-C go to training, which saves and stops; the log outlives it
+    exec {log}> >(trap '' TERM INT; exec tee -a "$OUTPUT/log.log")
+    local tee=$! status=0
+    PATH=$(dirname "$python"):$PATH "${command[@]}" "${flags[@]}" "$@" "${EXTRA_FLAGS[@]}" >&"$log" 2>&1 &
+    local training=$!
+    trap 'kill -TERM "$training" 2>/dev/null || true' TERM INT
+    wait "$training" || status=$?
+    while kill -0 "$training" 2>/dev/null; do # a signal ends the first wait, not the training
+        wait "$training" || status=$?
+    done
+    exec {log}>&-
+    wait "$tee" || true
+    return "$status"
 }

@@ -215,7 +215,7 @@ def _convert_files(source: Path, out: Path, convert: Callable[[Path, Path], None
     def convert_readable(path: Path, target: Path):
         try:
             convert(path, target)
-        except (OSError, RuntimeError) as error:  # what HDF5 raises on broken chunks
+        except (OSError, RuntimeError, KeyError) as error:  # what HDF5 raises on broken chunks and links
             raise DatasetError(f"{path}: expected to read it and to write {target}, found: {error}") from error
 
     base = folder_of(source)

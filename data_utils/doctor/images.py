@@ -84,7 +84,7 @@ def look_at(job: Job) -> Look:
             _keep(look, job, _matrix(file, "action"), qpos, _texts(file) if job.report else [])
             images = file.get(IMAGES)
             for camera in images if frames and isinstance(images, h5py.Group) else ():
-                data = images[camera]
+                data = images.get(camera)
                 if isinstance(data, h5py.Dataset) and data.dtype == np.uint8 and data.ndim in (2, 4) and data.size:
                     shots = _jpegs(data) if data.ndim == 2 else _raw(data)
                     _look(look, camera, f"{IMAGES}/{camera}", len(data), shots, _moving(qpos), shown)
@@ -94,8 +94,9 @@ def look_at(job: Job) -> Look:
 
 
 def _matrix(file: h5py.File, name: str) -> np.ndarray:
-    values = file[name][()] if isinstance(file.get(name), h5py.Dataset) else np.zeros((0, 0))
-    return values if values.ndim == 2 and values.dtype.kind == "f" else np.zeros((0, 0))
+    data = file.get(name)
+    sound = isinstance(data, h5py.Dataset) and data.ndim == 2 and data.dtype.kind == "f"
+    return data[()] if sound else np.zeros((0, 0))
 
 
 def _texts(file: h5py.File) -> list[str]:

@@ -134,6 +134,9 @@ def _replace(file: h5py.File, path: Path, length: int | None, texts: list[str] |
 def _copy_group(source: h5py.Group, target: h5py.Group, cut: dict[str, tuple[int, int]], length, texts):
     target.attrs.update(source.attrs)
     for name, item in source.items():
+        if item is None:  # a link that leads nowhere stays one
+            target[name] = source.get(name, getlink=True)
+            continue
         full_name = item.name.lstrip("/")
         if isinstance(item, h5py.Group):
             _copy_group(item, target.create_group(name), cut, length, texts)
