@@ -21,6 +21,8 @@ def open_hdf5(path: str | os.PathLike) -> h5py.File:
     try:
         # Frames are read once and at random: a chunk cache would only copy and keep them
         return h5py.File(path, "r", rdcc_nbytes=0)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: expected an episode, found no such file") from error
     except OSError as error:
         raise DatasetError(
             f"{path}: expected a readable HDF5 file, found a truncated or other one ({error})"

@@ -129,6 +129,15 @@ def test_outputs_and_cameras_are_checked_first(dataset, tmp_path):
 # ---- sheet ----
 
 
+def test_a_draft_in_another_encoding_is_left_alone(dataset, tiny_base, tmp_path):
+    draft = tmp_path / "draft.csv"
+    draft.write_bytes("episode,start,end,text\n0,0,12,Schürze falten.\n".encode("latin-1"))
+    before = draft.read_bytes()
+    with pytest.raises(UserError, match="draft.csv: expected a CSV or JSON file in UTF-8"):
+        propose(str(dataset), tiny_base, str(draft))
+    assert draft.read_bytes() == before
+
+
 def test_sheets_show_the_frames_in_their_colours_with_numbers(tmp_path):
     path = write_episode(tmp_path / "dataset" / "day" / "episode_3.hdf5", 25, cameras=ONE_CAMERA)
     with h5py.File(path, "r+") as file:

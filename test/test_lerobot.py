@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,7 @@ from data_utils import (
     open_episode,
     unnormalize_action,
 )
-from data_utils.lerobot import LeRobotDataset
+from data_utils.lerobot import LeRobotDataset, _tables
 from qwen2_vla import Qwen2VLAProcess
 
 from .helpers import GOLDEN, golden, write_episode
@@ -122,6 +123,26 @@ def edit_info(folder, **changes):
     (folder / "meta/info.json").write_text(json.dumps(info | changes))
 
 
+def edit_table(**columns):
+    """Replaces (list of values), or removes (None), columns of the rows."""
+
+    def change(folder):
+        path = folder / "data/chunk-000/file-000.parquet"
+        table = pq.read_table(path)
+        for name, values in columns.items():
+            at = table.column_names.index(name)
+            table = table.remove_column(at)
+            if values is not None:
+                table = table.add_column(at, name, pa.array(values(len(table))))
+        pq.write_table(table, path)
+
+    return change
+
+
+def odd_row(*odd, row):
+    return lambda count: [*odd, *[row] * (count - len(odd))]
+
+
 VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
 
 
@@ -134,9 +155,22 @@ VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
                                     "episode_000000.mp4", folder / VIDEO), ["and a frame, found 0.4"]),
         (lambda folder: (folder / "data/chunk-000/file-000.parquet").write_bytes(b"PAR1"),
          ["file-000.parquet: expected a readable parquet table"]),
-        (lambda folder: (folder / "meta/tasks.parquet").unlink(), ["expected the metadata of a LeRobot v3.0 dataset"]),
+        (lambda folder: (folder / "meta/tasks.parquet").unlink(), ["meta: expected the metadata", "tasks.parquet"]),
         (lambda folder: edit_info(folder, codebase_version="v1.6"), ["expected v2.0, v2.1 or v3.0, found v1.6"]),
         (lambda folder: edit_info(folder, features={"state": {"dtype": "float32"}}), ["expected a feature action"]),
+        (lambda folder: edit_info(folder, features={"action": {}}), ["meta: expected the metadata", "dtype"]),
+        (lambda folder: edit_info(folder, video_path=None), ["meta: expected the metadata"]),
+        (lambda folder: (folder / "meta/info.json").write_text("{ no"), ["meta/info.json: expected JSON, found"]),
+        (lambda folder: (folder / "meta/info.json").write_text("[]"), ["meta: expected the metadata"]),
+        (edit_table(action=None), ["file-000.parquet: expected a column action, found only observation.state"]),
+        (edit_table(timestamp=None), ["expected a column timestamp"]),
+        (edit_table(episode_index=None), ["expected a column episode_index"]),
+        # 14 + 14 numbers in two rows: their sum alone would tell nothing
+        (edit_table(action=odd_row([0.0], [0.0] * 27, row=[0.0] * 14)),
+         ["action, frame 0: expected 14 numbers, as in most frames, found 1"]),
+        (edit_table(action=odd_row([0.0] * 14, None, row=[0.0] * 14)), ["action, frame 1: expected 14 numbers"]),
+        (edit_table(action=odd_row(row="up")), ["action: expected numbers, or lists of them, found string"]),
+        (edit_table(timestamp=odd_row(0.0, None, row=0.5)), ["timestamp, frame 1: expected seconds, found none"]),
     ],
 )  # fmt: skip
 def test_broken_datasets_are_named(broken, change, expected):
@@ -145,6 +179,27 @@ def test_broken_datasets_are_named(broken, change, expected):
         load_data(str(broken), None, CAMERAS, 8)
     for part in [str(broken), *expected]:
         assert part in str(error.value)
+
+
+def test_broken_json_lines_are_named(tmp_path):
+    shutil.copytree(V21, tmp_path / "set")
+    with open(tmp_path / "set/meta/tasks.jsonl", "a") as file:
+        file.write('{"task_index": 2, "ta')
+    with pytest.raises(DatasetError, match="tasks.jsonl, line 3: expected JSON, found"):
+        find_episodes(tmp_path)
+
+
+def test_an_embedded_image_that_is_not_there_is_named(tmp_path):
+    shutil.copytree(V21, tmp_path / "set")
+    path = tmp_path / "set/data/chunk-000/episode_000000.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("observation.images.left_wrist")
+    kind = table.schema.field(at)
+    for value in (None, {"bytes": None, "path": None}, {"bytes": None, "path": "gone.png"}):
+        pq.write_table(table.set_column(at, kind, pa.array([value] * len(table), kind.type)), path)
+        _tables.files.clear()
+        with pytest.raises(DatasetError, match="left_wrist, frame 3: expected an encoded image, found none"):
+            open_episode(tmp_path / "set/episode_000000").frame("left_wrist", 3)
 
 
 def test_missing_cameras_texts_and_episodes_are_named(broken):

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from data_utils import EpisodicDataset, get_norm_stats, open_episode
+from data_utils import DatasetError, EpisodicDataset, get_norm_stats, load_data, open_episode
 from data_utils.hdf5 import jpeg_size
 
 from .helpers import CAMERAS, write_episode
@@ -77,3 +77,49 @@ def test_jpeg_is_decoded_no_further_than_needed(tmp_path):
     assert shapes == {(320, 240): (320, 240), (321, 240): (640, 480), (80, 60): (80, 60)}
     item = EpisodicDataset([path], CAMERAS, get_norm_stats([path]), 4)[2]["images"][0].permute(1, 2, 0).numpy()
     assert np.abs(item.astype(int) - cv2.resize(full, (320, 240))).mean() < 1
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("action", None, "action: expected a dataset, found none"),
+        ("observations/qpos", None, "observations/qpos: expected a dataset, found none"),
+        ("observations/qpos", h5py.Empty("f"), "observations/qpos: expected a dataset, found none"),
+        ("language_raw", None, "language_raw: expected a dataset, found none"),
+        ("language_raw", np.zeros(0, "S3"), "language_raw: expected text, found"),
+        ("language_raw", [b"\xff"], "language_raw: expected UTF-8 text, found"),
+        ("action", ["up"] * 12, "action: expected shape"),
+    ],
+)
+def test_opening_a_file_of_another_layout(tmp_path, name, value, expected):
+    path = write_episode(tmp_path / "e.hdf5")
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        if value is not None:
+            file[name] = value
+    with pytest.raises(DatasetError, match=f"e.hdf5: {expected}"):
+        open_episode(path)
+    with pytest.raises(DatasetError, match="nothing.hdf5: expected an episode, found no such file"):
+        open_episode(tmp_path / "nothing.hdf5")
+
+
+def test_a_camera_that_is_a_link_to_nowhere(tmp_path):
+    path = write_episode(tmp_path / "e.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["observations/images/cam_low"] = h5py.ExternalLink("gone.hdf5", "/images")
+    assert open_episode(path).camera_names == CAMERAS
+    assert len(load_data(str(tmp_path), None, CAMERAS, 8)[0]) == 12
+    with pytest.raises(DatasetError, match="cam_low: expected a dataset, found a link that leads nowhere"):
+        load_data(str(tmp_path), None, ["cam_low"], 8)
+
+
+@pytest.mark.parametrize("count", [1, 12, 5])
+def test_as_many_reasonings_as_frames_or_one(tmp_path, count):
+    path = write_episode(tmp_path / "e.hdf5", reasonings=False)
+    with h5py.File(path, "r+") as file:
+        file["reasoning"] = [f"step {t}" for t in range(count)]
+    if count == 5:
+        with pytest.raises(DatasetError, match="reasoning: expected 12 texts, one per frame, or one, found 5"):
+            load_data(str(tmp_path), None, CAMERAS, 8)
+    else:
+        assert load_data(str(tmp_path), None, CAMERAS, 8)[0][11]["reasoning"] == f"step {count - 1}"

@@ -1,13 +1,17 @@
 """The shell scripts as a user starts them: real processes, real DeepSpeed over gloo, the tiny model."""
 
 import json
+import os
 import re
 import socket
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_utils import load_data
 from policy_heads import ScaleDP, ScaleDPPolicyConfig
 from qwen2_vla import Qwen2VLAPolicy
 from qwen2_vla.loading import load_model
@@ -46,7 +50,8 @@ def script(data_dir, tiny_base, tmp_path):
         } | settings  # fmt: skip
         small = [part for flag, value in SMALL.items() for part in (f"--{flag}", str(value))]
         command = ["bash", f"scripts/{name}", *(f"{key}={value}" for key, value in settings.items()), *small, *flags]
-        result = run(command, {"DEXVLA_DATA_DIR": str(data_dir), "CUDA_VISIBLE_DEVICES": ""})
+        data = settings.get("DEXVLA_DATA_DIR", data_dir)
+        result = run(command, {"DEXVLA_DATA_DIR": str(data), "CUDA_VISIBLE_DEVICES": ""})
         return result.stdout, str(tmp_path / output)
 
     return start
@@ -131,6 +136,26 @@ def test_mistakes_are_one_line(script, tiny_base):
         pattern = re.escape(message).replace(r"\.\*", ".*")
         assert re.search(pattern, output), output
         assert "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_nan_under_deepspeed_is_skipped_and_named(script, tmp_path, zero):
+    cameras = ["top", "left_wrist", "right_wrist"]
+    folder = tmp_path / "data" / "sim_transfer_cube_scripted"
+    paths = [write_episode(folder / f"episode_{i}.hdf5", 6, cameras=cameras, seed=i) for i in range(2)]
+    load_data(str(folder), None, cameras, 8)
+    for path in paths:  # past the checks: they trust size and time of change
+        times = path.stat()
+        with h5py.File(path, "r+") as file:
+            file["observations/qpos"][3, 5] = np.nan
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    output, out = script(
+        "train_dexvla_stage2.sh", "--max_steps", "3", "--save_steps", "100", "--logging_steps", "3", NUM_DEVICES=2,
+        ZERO=f"scripts/{zero}.json", DEXVLA_DATA_DIR=folder.parent,
+    )  # fmt: skip
+    lines = re.findall(r"step \d, rank \d: the loss is not finite; the batch was .*?; skipped", output)
+    assert lines and all("frames" in line and re.search(r"\b3\b", line) for line in lines), output[-3000:]
+    assert all(tensor.isfinite().all() for tensor in load_file(f"{out}/model.safetensors").values())
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
