@@ -47,7 +47,13 @@ PY
     esac
     local command=("$python" train_vla.py)
     local zero=${ZERO:-}
-    if [ "$count" -gt 1 ] || [ "${NUM_NODES:-1}" -gt 1 ]; then
+    if [[ "$zero" = ddp || "$zero" = fsdp ]]; then # PyTorch's own engines, started by torchrun on every machine
+        command=("$python" -m torch.distributed.run --nproc_per_node "$count" --nnodes "${NUM_NODES:-1}"
+            --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29604}"
+            train_vla.py)
+        [ "$zero" = fsdp ] && flags+=(--fsdp --fsdp_config scripts/fsdp2.json)
+        zero=
+    elif [ "$count" -gt 1 ] || [ "${NUM_NODES:-1}" -gt 1 ]; then
         zero=${zero:-scripts/zero2.json}
         command=("$python" -m deepspeed.launcher.runner --master_port "${MASTER_PORT:-29604}" --num_nodes "${NUM_NODES:-1}")
         [ -n "${HOSTFILE:-}" ] && command+=(--hostfile "$HOSTFILE")
