@@ -13,6 +13,7 @@ import qwen2_vla.environment  # noqa: F401  before the libraries that it prepare
 import numpy as np
 import torch
 from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aloha_scripts.constants import TASK_CONFIGS
 from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_stats
@@ -77,7 +78,10 @@ def main(argv: list[str] | None = None):
         args=training_args,
         train_dataset=train_set,
         eval_dataset=validation_set,
-        data_collator=Qwen2VLADataCollatorForSupervisedDataset(pad_token_id=processor.tokenizer.pad_token_id),
+        data_collator=Qwen2VLADataCollatorForSupervisedDataset(
+            pad_token_id=processor.tokenizer.pad_token_id,
+            pad_to_multiple_of=32 if training_args.compile_blocks else 1,
+        ),
         processing_class=processor,
         sampling_plan=sampling_plan,
         norm_stats=stats,
@@ -307,6 +311,10 @@ def prepare_model(
             dropout=training_args.lora_dropout,
             bias=training_args.lora_bias,
         )
+    if training_args.compile_blocks:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile()
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
     say(f"{total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained")
     return model

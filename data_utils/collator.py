@@ -1,8 +1,8 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = -100
 
@@ -23,13 +23,16 @@ class Qwen2VLADataCollatorForSupervisedDataset:
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int = 1  # of tokens; compiled code then sees few lengths
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor | list[Tensor] | int]:
-        def pad(key: str, value: int) -> Tensor:
-            return pad_sequence([item[key] for item in items], True, value, padding_side="left")  # (B, L)
-
         lengths = torch.tensor([len(item["input_ids"]) for item in items])  # (B,)
-        longest = int(lengths.max())
+        longest = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        def pad(key: str, value: int) -> Tensor:
+            """(…, L) of every item, padded at the left -> (B, …, longest)."""
+            return torch.stack([F.pad(item[key], (longest - item[key].shape[-1], 0), value=value) for item in items])
+
         grid = "video_grid_thw" if "video_grid_thw" in items[0] else "image_grid_thw"
         batch = {
             "input_ids": pad("input_ids", self.pad_token_id),
@@ -37,10 +40,11 @@ class Qwen2VLADataCollatorForSupervisedDataset:
             "attention_mask": (torch.arange(longest) >= (longest - lengths)[:, None]).long(),
             "mm_token_type_ids": pad("mm_token_type_ids", 0),
             **self._pixels(items),
-            **self._positions(items),
             grid: torch.cat([item[grid] for item in items]),
             "states": torch.stack([item["state"] for item in items]),
         }
+        if "position_ids" in items[0]:
+            batch["position_ids"] = pad("position_ids", 0).transpose(0, 1)  # (3, B, L)
         if "labels" in items[0]:
             batch |= {
                 "labels": pad("labels", IGNORE_INDEX),
@@ -51,12 +55,6 @@ class Qwen2VLADataCollatorForSupervisedDataset:
                 "logits_to_keep": max(int((item["labels"] != IGNORE_INDEX).sum()) for item in items) + 1,
             }
         return batch
-
-    def _positions(self, items: list[dict]) -> dict[str, Tensor]:
-        if "position_ids" not in items[0]:
-            return {}
-        padded = pad_sequence([item["position_ids"].T for item in items], True, 0, padding_side="left")  # (B, L, 3)
-        return {"position_ids": padded.permute(2, 0, 1)}
 
     def _pixels(self, items: list[dict]) -> dict[str, Tensor | list[Tensor]]:
         if "images" in items[0]:

@@ -127,6 +127,9 @@ class TrainingArguments(transformers.TrainingArguments):
     flash_attn: bool = field(default=False, metadata={"help": "flash_attention_2 where installed, else SDPA."})
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train the policy head and the fusion only."})
+    compile_blocks: bool = field(
+        default=False, metadata={"help": "torch.compile of every layer; batches are padded to multiples of 32 tokens."}
+    )
     using_ema: bool = field(default=False, metadata={"help": "Keep an exponential moving average of the weights."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "True: go on from the newest checkpoint of output_dir; or a checkpoint's path."}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from data_utils import EpisodicDataset, Qwen2VLADataCollatorForSupervisedDataset, get_norm_stats
@@ -82,6 +83,28 @@ def test_padding_on_either_side(processor, model):
     ]
     for i, n in enumerate(padding.tolist()):
         assert n == 0 or torch.allclose(encode[0][i, n:], encode[1][i, :-n], atol=1e-5)
+
+
+def test_padding_to_a_multiple_changes_nothing(processor, model):
+    batch = make_batch(processor)
+    collate = Qwen2VLADataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, pad_to_multiple_of=32)
+    process = Qwen2VLAProcess(processor, CAMERAS, image_size_wrist=(56, 56))
+    data = EpisodicDataset(EPISODES, CAMERAS, STATS, 8, image_size_stable=(84, 56), transform=process)
+    longer = collate([data[i] for i in (2, 15, 25)])
+    assert longer["input_ids"].shape[1] % 32 == 0 and longer["input_ids"].shape != batch["input_ids"].shape
+    assert longer["position_ids"].shape == (3, *longer["input_ids"].shape)
+    assert relative_error(train_once(model, longer)[0], train_once(model, batch)[0]) < 1e-5
+
+
+def test_compiled_blocks_give_the_same_numbers(processor, model):
+    batch = make_batch(processor)
+    expected = train_once(model, batch)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(backend="aot_eager")  # all of the compiler but its code generation, which takes a minute
+    losses, _, gradients = train_once(model, batch)
+    assert relative_error(losses, expected[0]) < 1e-5
+    assert all(relative_error(gradients[name], expected[2][name]) < 1e-4 for name in gradients)
 
 
 def test_eager_attention_goes_transformers_way(processor):
