@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None):
     except UserError as error:  # only this rank may know of it
         text = str(error)
         if "Original Traceback" in text:  # of a loader's worker; the message is its last line
-            text = text.splitlines()[-1]
+            text = text.splitlines()[-1].partition(": ")[2]  # without the exception's name
         raise SystemExit(f"error on rank {training_args.process_index}: {text}") from None
     if trainer.stop_on_signal.stopped_at is not None:
         say(

@@ -8,9 +8,10 @@ DATA_DIR = os.environ.get("DEXVLA_DATA_DIR") or str(Path(__file__).resolve().par
 
 # To train on your own data, add one entry; its key is what `--task_name` takes.
 #
-#   dataset_dir     str, or list of str: folders searched recursively for *.hdf5 episodes.
+#   dataset_dir     str, or list of str: folders searched recursively for *.hdf5 episodes and LeRobot datasets.
 #   episode_len     int: number of steps of one episode (of the longest one, if they differ).
 #   camera_names    list of str: which observations/images/<name> the model sees, in this order.
+#   camera_map      optional, dict: name in camera_names -> name in the files, or list of them, where they differ.
 #   stats_dir       optional, str or list of str: folders whose episodes give the normalisation statistics. Default:
 #                   dataset_dir. Name one folder here to train on several datasets with the statistics of the first.
 #   sample_weights  optional, list of float, one per dataset_dir: how often each folder is drawn. Default: by its size.

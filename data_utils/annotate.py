@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .episodes import Episode, open_episode, stored_camera
 from .errors import DatasetError, Finding, UserError
 from .labels import COLUMNS, EpisodeNames, apply, check_output, csv_text, export, read_labels, readable, segments_of
+from .lerobot import fps_of
 from .summary import EpisodeSummary
 
 PROMPT = (
@@ -148,7 +149,7 @@ def propose(
     output: str,
     *,
     every: float = 2.0,
-    fps: float = 50.0,
+    fps: float | None = None,
     camera: str | None = None,
     **options,
 ) -> int:
@@ -156,7 +157,7 @@ def propose(
 
     Args:
         model: a plain Qwen2-VL folder; `options` are `Describer`'s.
-        every: seconds between the frames it is asked about; fps: frames per second of the recording.
+        every: seconds between the frames it is asked about; fps: see `fps_of`.
 
     Returns:
         the number of episodes added.
@@ -178,7 +179,7 @@ def propose(
     if not missing:
         return 0
     describer = Describer(model, **options)
-    frames = {name: sampled_frames(summaries[path].length, every, fps) for name, path in missing.items()}
+    frames = {name: sampled_frames(summaries[path].length, every, fps_of(path, fps)) for name, path in missing.items()}
     total = sum(map(len, frames.values()))
     with (
         open(output, "a", encoding="utf-8", newline="") as file,
@@ -216,7 +217,7 @@ def _with_text(image: np.ndarray, text: str) -> np.ndarray:
 
 
 def write_sheets(
-    dataset: str, output: str, *, every: float = 1.0, fps: float = 50.0, camera: str | None = None
+    dataset: str, output: str, *, every: float = 1.0, fps: float | None = None, camera: str | None = None
 ) -> list[Path]:
     """Writes a contact sheet (JPEG) of every episode into the folder `output`: a frame every `every` seconds, and the
     last one. Sheets already there are replaced.
@@ -230,7 +231,7 @@ def write_sheets(
     times = {}
     for name, path in names.items():
         length = summaries[path].length
-        times[name] = sorted({*sampled_frames(length, every, fps), length - 1})
+        times[name] = sorted({*sampled_frames(length, every, fps_of(path, fps)), length - 1})
         if len(times[name]) > MAX_THUMBNAILS:
             found = f"{len(times[name])}; choose a larger --every"
             raise UserError(
@@ -240,7 +241,7 @@ def write_sheets(
     for name, path in tqdm(names.items(), desc="drawing sheets", unit="episode"):
         episode = open_episode(path)
         title = f"{name}   {cameras[path]}   frames 0 to {len(episode) - 1}"
-        sheet = contact_sheet(episode, cameras[path], times[name], fps, title)
+        sheet = contact_sheet(episode, cameras[path], times[name], fps_of(path, fps), title)
         episode.close()
         written.append(Path(output) / f"{name.removesuffix('.hdf5')}.jpg")
         try:
@@ -304,7 +305,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     def add_sampling(add: Callable, every: float):
         add("--every", type=_positive(float), default=every, help="seconds between the frames (default: %(default)s)")
-        add("--fps", type=_positive(float), default=50.0, help="frames per second of the recording (default: 50)")
+        add("--fps", type=_positive(float), help="frames per second (default: what a LeRobot dataset says, else 50)")
         add("--camera", help="default: an episode's first camera that is not on a wrist")
 
     dataset = "folder with episodes, searched recursively"

@@ -6,7 +6,7 @@ An episode is named by a path: of its HDF5 file, or `<LeRobot folder>/episode_00
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,17 @@ def open_episode(path: str | os.PathLike) -> Episode:
     return LeRobotEpisode(path) if lerobot_folder(path) else Hdf5Episode(path)
 
 
+def walk(folder: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, through links too, but into no folder twice: a link may lead to a folder above."""
+    seen = set()
+    for path, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        yield path, subfolders, names
+
+
 def find_episodes(dataset_dir: str | os.PathLike, skip_mirrored_data: bool = False) -> list[str]:
     """Sorted paths of all episodes below `dataset_dir`: `*.hdf5` files and those of LeRobot datasets.
 
@@ -100,10 +111,13 @@ def find_episodes(dataset_dir: str | os.PathLike, skip_mirrored_data: bool = Fal
     if not os.path.isdir(dataset_dir):
         raise DatasetError(f"dataset_dir {dataset_dir}: expected a folder with episodes, found no such folder")
     paths = []
-    for folder, subfolders, names in os.walk(dataset_dir, followlinks=True):
+    for folder, subfolders, names in walk(dataset_dir):
         if is_lerobot(folder):
             subfolders.clear()
-            paths += LeRobotDataset.at(folder).episode_paths()
+            found = LeRobotDataset.at(folder).episode_paths()
+            if not found:
+                raise DatasetError(f"{folder}: expected a LeRobot dataset with episodes, found one without")
+            paths += found
             continue
         for name in names:
             skipped = "features" in name or "pointcloud" in folder or (skip_mirrored_data and "mirror" in name)

@@ -17,7 +17,7 @@ from .hdf5 import summarize_hdf5
 from .lerobot import LeRobotDataset, summarize_lerobot
 from .summary import EpisodeSummary
 
-FORMAT = 2  # of the kept summaries; raise it when EpisodeSummary or a check changes
+FORMAT = 3  # of the kept summaries; raise it when EpisodeSummary or a check changes
 WORTH_A_POOL = 64  # episodes; fewer are read faster than processes start
 
 
@@ -44,9 +44,8 @@ def identity(path: str) -> list:
         dataset = LeRobotDataset.at(folder)
         files = dataset.files_of(path)[1]
         paths = [folder / "meta" / "info.json", files.table, *(video for video, _ in files.videos.values())]
-    else:
-        paths = [path]
-    return [_status(path) for path in paths]
+        return [dataset.metadata_status, *map(_status, paths)]
+    return [_status(path)]
 
 
 def _status(path: str | os.PathLike) -> list[int]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .episodes import CAMERA_PREFIX, Episode, OpenFiles
+from .episodes import CAMERA_PREFIX, Episode, OpenFiles, lerobot_folder
 from .errors import DatasetError, Finding
 from .summary import EpisodeSummary
 from .video import VideoReader
@@ -64,7 +64,12 @@ class LeRobotDataset:
         self.has_reasoning = features.get("reasoning", {}).get("dtype") == "string"
         # LeRobot's own recordings pair an action with the observation it answers; ours say so when it is not so
         self.sim = bool(self.info.get("dexvla", {}).get("sim", True))
-        self.tasks, self.episodes = self._read_v2() if version.startswith("v2.") else self._read_v3()
+        is_v2 = version.startswith("v2.")
+        names = ("tasks.jsonl", "episodes.jsonl") if is_v2 else ("tasks.parquet", "episodes/**/*.parquet")
+        found = [path.stat() for name in names for path in (self.folder / "meta").glob(name)]
+        # size and last change of what is read below
+        self.metadata_status = [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=-1)]
+        self.tasks, self.episodes = self._read_v2() if is_v2 else self._read_v3()
 
     @classmethod
     def at(cls, folder: str | os.PathLike) -> "LeRobotDataset":
@@ -251,6 +256,12 @@ class LeRobotEpisode(Episode):
 
     def close(self):
         """Tables and videos serve other episodes too and are closed by their caches."""
+
+
+def fps_of(path: str, fps: float | None) -> float:
+    """Frames per second of an episode: `fps`; if None, what its LeRobot dataset says; else ALOHA's 50."""
+    folder = lerobot_folder(path)
+    return fps or (folder and LeRobotDataset.at(folder).info.get("fps")) or 50.0
 
 
 def summarize_lerobot(path: str) -> EpisodeSummary:

@@ -17,7 +17,7 @@ from data_utils.annotate import Describer, choose_cameras, main, propose, write_
 from data_utils.index import summarize_all
 from data_utils.labels import EpisodeNames, apply, export
 
-from .helpers import run, write_episode
+from .helpers import GOLDEN, run, write_episode
 
 LENGTH = 12
 ONE_CAMERA = ["cam_high"]
@@ -154,6 +154,20 @@ def test_sheets_show_the_frames_in_their_colours_with_numbers(tmp_path):
     written = [cell[:40].min(axis=2).max() > 200 for cell in cells]  # something white
     assert written == [True] * 4 + [False] * 2
     assert image[:40].max() > 200  # the title
+
+
+def test_seconds_are_those_of_the_dataset(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        "data_utils.annotate.contact_sheet", lambda *args: drawn.append(args[2:4]) or np.zeros((8, 8, 3), np.uint8)
+    )
+    dataset = GOLDEN / "lerobot" / "lerobot_v30"
+    fps = json.loads((dataset / "meta/info.json").read_text())["fps"]
+    assert fps == 30
+    write_sheets(str(dataset), str(tmp_path), every=0.5)
+    assert drawn[1] == ([*range(0, 31, fps // 2)], fps)
+    write_sheets(str(dataset), str(tmp_path), every=0.5, fps=10)
+    assert drawn[4] == ([*range(0, 31, 5)], 10)
 
 
 def test_a_sheet_is_not_endless(dataset, tmp_path, monkeypatch):

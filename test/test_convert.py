@@ -320,6 +320,16 @@ def test_messages(tmp_path, command, message):
     assert len(episodes_in(tmp_path)) == 1
 
 
+def test_a_link_to_nowhere_is_kept(tmp_path):
+    source = write_episode(tmp_path / "in" / "a.hdf5", 3)
+    with h5py.File(source, "r+") as file:
+        file["observations/images/cam_low"] = h5py.ExternalLink("gone.hdf5", "/images")
+    for command in (["jpeg"], ["truncate", "--length", "2"]):
+        main([*command, str(source), str(tmp_path / command[0])])
+        with h5py.File(tmp_path / command[0] / "a.hdf5") as file:
+            assert file.get("observations/images/cam_low", getlink=True).filename == "gone.hdf5"
+
+
 def test_jpeg_keeps_jpeg(tmp_path, capsys):
     source = write_episode(tmp_path / "in" / "a.hdf5", 3, jpeg=True)
     assert compress_hdf5(source, tmp_path / "out").converted == 1

@@ -226,3 +226,11 @@ def test_name_filter_stats_dir_and_train_ratio(tmp_path):
     assert np.allclose(stats["action_max"], get_norm_stats(find_all_hdf5(other))["action_max"])
     item = train[0]
     assert item["raw_lang"].startswith("Transfer")  # the filter moves no index
+
+
+def test_a_link_to_a_folder_above_counts_nothing_twice(tmp_path):
+    folder = folder_of(tmp_path, "set", 2)
+    (tmp_path / "set" / "latest").symlink_to(tmp_path / "set")
+    assert len(find_all_hdf5(folder)) == 2
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "set")
+    assert len(find_all_hdf5(tmp_path / "elsewhere")) == 2

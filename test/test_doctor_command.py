@@ -169,6 +169,20 @@ def test_fix_sets_sim_only_when_told(folder):
     assert h5py.File(folder / "episode_1.hdf5.bak2").attrs["sim"]
 
 
+def test_fix_keeps_links(folder, capsys):
+    path = folder / "episode_1.hdf5"
+    link = h5py.ExternalLink("gone.hdf5", "/images")
+    with h5py.File(path, "r+") as file:
+        file["observations/images/cam_low"] = link
+        file["same"] = h5py.SoftLink("/action")
+    assert main([str(folder), "--fix", "--set_sim", "false"]) == 1  # the camera is broken, and stays so
+    assert "cam_low: expected a dataset, found a link that leads nowhere" in capsys.readouterr().out
+    with h5py.File(path) as file:
+        kept = file.get("observations/images/cam_low", getlink=True)
+        assert file.get("same", getlink=True).path == "/action"
+        assert not file.attrs["sim"] and (kept.filename, kept.path) == (link.filename, link.path)
+
+
 def test_fix_writes_stale_stats_anew(folder, capsys):
     save_stats(get_norm_stats([str(folder / "episode_0.hdf5")]), folder)
     stale = (folder / "dataset_stats.json").read_bytes()

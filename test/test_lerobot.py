@@ -20,7 +20,7 @@ from data_utils import (
     open_episode,
     unnormalize_action,
 )
-from data_utils.lerobot import LeRobotDataset, _tables
+from data_utils.lerobot import LeRobotDataset, _dataset, _tables
 from qwen2_vla import Qwen2VLAProcess
 
 from .helpers import GOLDEN, golden, write_episode
@@ -187,6 +187,19 @@ def test_broken_json_lines_are_named(tmp_path):
         file.write('{"task_index": 2, "ta')
     with pytest.raises(DatasetError, match="tasks.jsonl, line 3: expected JSON, found"):
         find_episodes(tmp_path)
+
+
+def test_mended_metadata_is_read_again(tmp_path):
+    shutil.copytree(V21, tmp_path / "set")
+    path = tmp_path / "set/meta/episodes.jsonl"
+    sound = path.read_text()
+    path.write_text(sound.replace('"length": 25', '"length": 24'))
+    assert path.read_text() != sound
+    with pytest.raises(DatasetError, match="expected 24 rows of the episode, as meta says, found 25"):
+        load_data(str(tmp_path), None, ["top"], 8)
+    path.write_text(sound)
+    _dataset.cache_clear()  # as in the next process
+    assert sum(load_data(str(tmp_path), None, ["top"], 8)[3].episode_lengths) > 0
 
 
 def test_an_embedded_image_that_is_not_there_is_named(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..episodes import find_episodes, lerobot_folder
+from ..episodes import find_episodes, lerobot_folder, walk
 from ..errors import DatasetError, UserError
 
 
@@ -70,7 +70,7 @@ def hdf5_files(source: Path) -> list[Path]:
         return [source]
     found = [
         Path(folder, name)
-        for folder, _, names in os.walk(source, followlinks=True)
+        for folder, _, names in walk(source)
         for name in names
         if name.endswith(".hdf5")
     ]

@@ -160,7 +160,7 @@ def truncate_hdf5(source: Path, out: Path, start: int = 0, stop: int | None = No
                 raise DatasetError(f"{path}: --start: expected one of its {count} frames, found {start}")
             if stop is not None and stop > count:
                 short.append(path)
-            copy_items(file, new, functools.partial(_write_cut, count, start, min(stop or count, count)))
+            copy_items(file, new, functools.partial(write_cut, count, start, min(stop or count, count)))
 
     report = _convert_files(source, out, convert)
     if short:
@@ -168,7 +168,8 @@ def truncate_hdf5(source: Path, out: Path, start: int = 0, stop: int | None = No
     return report
 
 
-def _write_cut(count: int, start: int, stop: int, data: h5py.Dataset, group: h5py.Group, name: str) -> bool:
+def write_cut(count: int, start: int, stop: int, data: h5py.Dataset, group: h5py.Group, name: str) -> bool:
+    """Writes the frames `start` .. `stop` - 1 of a dataset of `count` frames into `group`; False for another one."""
     axis = 1 if data.name == "/compress_len" else 0
     if data.ndim <= axis or data.shape[axis] != count:
         return False
@@ -215,7 +216,7 @@ def _convert_files(source: Path, out: Path, convert: Callable[[Path, Path], None
     def convert_readable(path: Path, target: Path):
         try:
             convert(path, target)
-        except (OSError, RuntimeError, KeyError) as error:  # what HDF5 raises on broken chunks and links
+        except (OSError, RuntimeError) as error:  # what HDF5 raises on broken chunks
             raise DatasetError(f"{path}: expected to read it and to write {target}, found: {error}") from error
 
     base = folder_of(source)
@@ -228,7 +229,8 @@ def copy_items(source: h5py.Group, target: h5py.Group, write: Callable[[h5py.Dat
     copy_attributes(source, target)
     for name in source:
         link = source.get(name, getlink=True)
-        if isinstance(link, h5py.SoftLink):  # what another file holds is copied instead: the link may not reach it
+        # What another file holds is copied instead: the link may not reach it. One that leads nowhere stays as it is
+        if isinstance(link, h5py.SoftLink) or source.get(name) is None:
             target[name] = link
         elif isinstance(source[name], h5py.Group):
             copy_items(source[name], target.create_group(name), write)

@@ -135,6 +135,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.report and not Path(args.report).absolute().parent.is_dir():  # before hours of looking
+        raise UserError(f"--report {args.report}: expected the folder {Path(args.report).parent}, found none")
     if args.task_name:
         selection = Selection.of_task(args.task_name, args.skip_mirrored_data)
     else:

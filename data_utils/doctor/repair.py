@@ -7,12 +7,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ..convert.hdf5_files import copy_attributes, copy_items, write_cut
 from ..errors import DatasetError
 from ..hdf5 import IMAGES, JPEG_START, as_text, open_hdf5
 from .stats import free_name
 
 FEW = 5  # frames that may be missing at the end
-BLOCK = 64  # frames copied at once
 
 
 def repair(path: str, sim: bool | None = None) -> list[str]:
@@ -115,10 +115,19 @@ def _filled_reasonings(file: h5py.File, length: int | None) -> tuple[list[str] |
 
 
 def _replace(file: h5py.File, path: Path, length: int | None, texts: list[str] | None, attributes: dict):
+    per_frame = {} if length is None else _per_frame(file)
+
+    def write(data: h5py.Dataset, group: h5py.Group, name: str) -> bool:
+        if texts is not None and data.name == "/substep_reasonings":
+            copy_attributes(data, group.create_dataset(name, data=texts, dtype=h5py.string_dtype("utf-8")))
+            return True
+        _, count = per_frame.get(data.name.lstrip("/"), (0, 0))
+        return length is not None and count > length and write_cut(count, 0, length, data, group, name)
+
     partial = path.with_name(f".{path.name}.partial")
     try:
         with h5py.File(partial, "w") as copy:
-            _copy_group(file, copy, {} if length is None else _per_frame(file), length, texts)
+            copy_items(file, copy, write)
             copy.attrs.update(attributes)
         shutil.copymode(path, partial)
         backup = free_name(path)
@@ -129,35 +138,3 @@ def _replace(file: h5py.File, path: Path, length: int | None, texts: list[str] |
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _copy_group(source: h5py.Group, target: h5py.Group, cut: dict[str, tuple[int, int]], length, texts):
-    target.attrs.update(source.attrs)
-    for name, item in source.items():
-        if item is None:  # a link that leads nowhere stays one
-            target[name] = source.get(name, getlink=True)
-            continue
-        full_name = item.name.lstrip("/")
-        if isinstance(item, h5py.Group):
-            _copy_group(item, target.create_group(name), cut, length, texts)
-        elif texts is not None and full_name == "substep_reasonings":
-            target.create_dataset(name, data=texts, dtype=h5py.string_dtype("utf-8")).attrs.update(item.attrs)
-        elif full_name in cut and cut[full_name][1] > length:
-            _copy_frames(item, target, name, cut[full_name][0], length)
-        else:
-            source.copy(item, target, name)
-
-
-def _copy_frames(item: h5py.Dataset, target: h5py.Group, name: str, axis: int, length: int):
-    """The first `length` frames of a dataset, stored as the dataset is."""
-    shape = (*item.shape[:axis], length, *item.shape[axis + 1 :])
-    layout = {}
-    if item.chunks:
-        chunks = tuple(min(size, new) for size, new in zip(item.chunks, shape))
-        layout = {"chunks": chunks, "compression": item.compression, "compression_opts": item.compression_opts}
-        layout |= {"shuffle": item.shuffle, "fletcher32": item.fletcher32}
-    copy = target.create_dataset(name, shape, item.dtype, **layout)
-    copy.attrs.update(item.attrs)
-    for start in range(0, length, BLOCK):
-        part = (slice(None),) * axis + (slice(start, min(start + BLOCK, length)),)
-        copy[part] = item[part]

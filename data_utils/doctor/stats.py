@@ -72,10 +72,10 @@ def _advice(owned: bool) -> str:
 
 def rewrite_stats(folder: Path, paths: list[str]) -> str:
     """Writes the statistics of the episodes; the former ones are kept as `dataset_stats.json.bak`."""
-    file = folder / STATS_JSON
+    file, stats = folder / STATS_JSON, get_norm_stats(paths)
     backup = free_name(file)
     file.rename(backup)
-    save_stats(get_norm_stats(paths), folder)
+    save_stats(stats, folder)
     return f"{file}: computed again from {len(paths)} episodes; the former one is {backup.name}"
 
 
