@@ -1,7 +1,8 @@
 """`python benchmarks/training_item.py`: what one training item costs a core, beside the least it could cost.
 
 Three cameras -> 320x240, augmentation on, tokens, collated, one thread; from raw and JPEG HDF5 episodes of 480x640, and
-from LeRobot videos (AV1, a key frame every second frame) of 240x320 and 480x640, frames at random. The floor reads
+from LeRobot videos (AV1, a key frame every second frame) of 240x320 and 480x640, frames at random. Reading a video is
+part of decoding it. The floor reads
 the same three frames with h5py (and cv2.imdecode), or decodes them, and resizes each once with cv2. Item and floor take
 turns, in one process.
 """
@@ -100,7 +101,8 @@ def measure(name: str, path: str, processor):
         data[t], floor(t)
     turns = [(milliseconds(data.__getitem__, [a]), milliseconds(floor, [b])) for a, b in zip(order, order[::-1])]
     item, least = np.mean(turns, axis=0)
-    frames, reading = floor(0), milliseconds(read, order)
+    frames, decoding = floor(0), milliseconds(read, order)
+    reading = milliseconds(lambda t: [episode._read(camera, t) for camera in CAMERAS], order) if plain else 0.0
     resize = milliseconds(lambda frames: [cv2.resize(frame, SMALL) for frame in frames], [read(0)] * 50)
     augmenting = milliseconds(augment, [Augmentation.draw(rng) for _ in range(50)])
     images = data._images(episode, 0, (0,))
@@ -109,8 +111,9 @@ def measure(name: str, path: str, processor):
     text = milliseconds(process, [ready] * 50)
     collating = milliseconds(collate, [[data[t] for t in order[:BATCH]]] * 20) / BATCH
     print(
-        f"{name:16s} {item:5.2f} ms an item, floor {least:5.2f} ms, ratio {item / least:4.2f} | read and decode "
-        f"{reading:5.2f}, resize {resize:4.2f}, augment {augmenting:4.2f}, text {text:4.2f}, collate {collating:4.2f}"
+        f"{name:16s} {item:5.2f} ms an item, floor {least:5.2f} ms, ratio {item / least:4.2f} | read {reading:4.2f}, "
+        f"decode {max(decoding - reading, 0):4.2f}, resize {resize:4.2f}, augment {augmenting:4.2f}, "
+        f"text {text:4.2f}, collate {collating:4.2f}"
     )
 
 
