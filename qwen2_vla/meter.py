@@ -7,6 +7,11 @@ from contextlib import contextmanager
 import torch
 
 
+def device_name(device: torch.device) -> str:
+    """As its maker calls it, "NVIDIA H200" for instance; "cpu" for the CPU."""
+    return device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+
+
 class StepMeter:
     """Samples per second, the share of time spent waiting for data, peak memory, and how much of the device is used.
 

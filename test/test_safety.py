@@ -135,6 +135,16 @@ def test_every_line_of_the_log_says_how_fast_it_is(train):  # noqa: F811
     assert all(entry["data_wait"] <= 1 for entry in history(out) if "data_wait" in entry)
 
 
+def test_mfu_on_a_known_device(train, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("qwen2_vla.trainer.peak_flops", lambda name: 1e12 if name == "cpu" else None)
+    out = train()
+    assert len(column(out, "mfu")) == 4
+    for entry in history(out):
+        if "mfu" in entry:  # the same samples by the same mathematics
+            flops_per_sample = entry["mfu"] * 1e12 / entry["samples_per_second"]
+            assert 1e7 < flops_per_sample < 1e10
+
+
 def test_the_meter_stands_still_while_the_run_saves(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
