@@ -17,7 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aloha_scripts.constants import TASK_CONFIGS
 from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_stats
+from data_utils.collator import IGNORE_INDEX
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer
+from qwen2_vla.adapters import ADAPTER_CONFIG, add_lora, halve_frozen
 from qwen2_vla.arguments import (
     ActionHeadArguments,
     DataArguments,
@@ -27,10 +29,10 @@ from qwen2_vla.arguments import (
     legacy_notes,
     parse_arguments,
 )
+from qwen2_vla.checkpointing import choose_checkpointing
 from qwen2_vla.ema import EMACallback
+from qwen2_vla.flops import SampleSizes
 from qwen2_vla.loading import (
-    ADAPTER_CONFIG,
-    add_lora,
     build_config,
     check_model_folder,
     check_requirements,
@@ -70,6 +72,11 @@ def main(argv: list[str] | None = None):
         f"task {data_args.task_name}: {len(train_set.episode_paths)} training episodes with {len(train_set)} frames, "
         f"{len(validation_set.episode_paths) if validation_set else 0} validation episodes"
     )
+
+    if training_args.checkpointing_auto:
+        chosen, line = choose_checkpointing(training_args, config, sample_sizes(train_set))
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = chosen
+        say(line)
 
     set_seed(training_args.seed)
     model = prepare_model(folder, config, training_args, stage1_head, say)
@@ -215,6 +222,14 @@ def prepare_data(
     return train_set, validation_set, stats, plan
 
 
+def sample_sizes(train_set) -> SampleSizes:
+    """Of the first sample: all are alike but for the length of their texts."""
+    item = train_set[0]
+    images = tuple((image.shape[1], image.shape[2]) for image in item["images"])
+    answer = int((item["labels"] != IGNORE_INDEX).sum())
+    return SampleSizes(images, len(item["images"][0]), len(item["input_ids"]), answer)
+
+
 def prepare_config(
     folder: str,
     task: dict,
@@ -311,6 +326,8 @@ def prepare_model(
             dropout=training_args.lora_dropout,
             bias=training_args.lora_bias,
         )
+        if training_args.bf16:
+            halve_frozen(model)
     if training_args.compile_blocks:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):

@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_utils.errors import UserError
 from policy_heads import SCALEDP_SIZES
+from qwen2_vla.adapters import add_lora
 from qwen2_vla.flops import (
     PRESETS,
     SampleSizes,
@@ -43,7 +44,7 @@ from qwen2_vla.flops import (
     synthetic_items,
     training_flops,
 )
-from qwen2_vla.loading import add_lora, freeze
+from qwen2_vla.loading import freeze
 
 SETTINGS = {
     "base": "fp32 weights under bf16 autocast, SDPA, fused AdamW, nothing compiled: training on one GPU as it is",

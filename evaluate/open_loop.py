@@ -98,11 +98,12 @@ def main():
     parser.add_argument("--task_name", required=True, help="entry of TASK_CONFIGS")
     parser.add_argument("--episode", help="an episode's path (default: the first held-out one)")
     parser.add_argument("--output", help="picture to write (default: CHECKPOINT/open_loop.png)")
+    parser.add_argument("--ema", action="store_true", help="act with the averaged weights of --using_ema True")
     parser.add_argument("--seed", type=int, default=0, help="of the diffusion noise")
     args = parser.parse_args()
 
     episode = open_episode(args.episode or held_out_episodes(args.task_name)[0])
-    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint)
+    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, ema=args.ema)
     torch.manual_seed(args.seed)
     recorded, predicted, texts = replay(policy, episode, TASK_CONFIGS[args.task_name].get("camera_map"))
     for t, expected, written in texts:

@@ -123,6 +123,10 @@ class TrainingArguments(transformers.TrainingArguments):
     # transformers would look at every loss on the host; ours are looked at when something is logged
     logging_nan_inf_filter: bool = False
 
+    gradient_checkpointing: str = field(
+        default="False",
+        metadata={"help": "Recompute activations: True, False, or auto, only if they would not fit into memory."},
+    )
     llm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the language loss."})
     flash_attn: bool = field(default=False, metadata={"help": "flash_attention_2 where installed, else SDPA."})
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
@@ -131,6 +135,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False, metadata={"help": "torch.compile of every layer; batches are padded to multiples of 32 tokens."}
     )
     using_ema: bool = field(default=False, metadata={"help": "Keep an exponential moving average of the weights."})
+    eval_ema: bool = field(default=False, metadata={"help": "Evaluate with the averaged weights (--using_ema True)."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "True: go on from the newest checkpoint of output_dir; or a checkpoint's path."}
     )
@@ -154,6 +159,13 @@ class TrainingArguments(transformers.TrainingArguments):
     double_quant: bool = field(default=True, metadata={"help": "Quantise the quantisation constants, with --bits 4."})
 
     def __post_init__(self):
+        if self.eval_ema and not self.using_ema:
+            raise UserError("--eval_ema True: expected --using_ema True too, found False")
+        checkpointing = str(self.gradient_checkpointing).lower()
+        if checkpointing not in ("true", "false", "auto"):
+            raise UserError(f"--gradient_checkpointing: expected True, False or auto, found {checkpointing}")
+        self.checkpointing_auto = checkpointing == "auto"
+        self.gradient_checkpointing = checkpointing == "true"
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.accelerator_config is None and torch.accelerator.is_available():

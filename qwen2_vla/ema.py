@@ -1,6 +1,8 @@
 """Exponential moving average of the trained weights, as a Trainer callback."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,6 +47,19 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         current = [p.float() for p in self._trained(model).values()]
         torch._foreach_lerp_(self.average, current, 1 - self.decay(state.global_step))
+
+    @contextmanager
+    def in_place_of_the_weights(self, model: nn.Module) -> Iterator[None]:
+        """The model acts with the average meanwhile."""
+        trained = self._trained(model)
+        weights = [p.clone() for p in trained.values()]
+        try:
+            for p, average in zip(trained.values(), self.average):
+                p.copy_(average)
+            yield
+        finally:
+            for p, weight in zip(trained.values(), weights):
+                p.copy_(weight)
 
     def save(self, args, folder: str):
         """Part of writing a checkpoint, so that none lacks it."""

@@ -3,16 +3,16 @@
 import importlib.util
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,29 +22,44 @@ from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
 from data_utils.errors import UserError
 from policy_heads import SCALEDP_SIZES
 
+from .adapters import (
+    ADAPTED_HEAD,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    REFERENCE_REST,
+    attach_adapters,
+    base_folder,
+    fill,
+    has_adapters,
+    read_tensors,
+)
 from .configuration_qwen2_vla import Qwen2VLAConfig
+from .ema import EMA_FILE
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
 
-ADAPTER_CONFIG = "adapter_config.json"
-# The frozen weights under a head's adapters: they come from stage 1 or from initialisation, so no base folder has them
-ADAPTED_HEAD = "adapted_policy_head.safetensors"
+NF4_BLOCK = 64  # weights that share a constant; bitsandbytes rounds layers of other widths wrongly on the CPU
 
 
-def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
-    """Raises UserError unless `folder` holds configuration, whole weights, processor and tokenizer."""
+def check_model_folder(folder: str | None, flag: str = "--model_name_or_path", base: str | None = None):
+    """Raises UserError unless `folder` holds configuration, whole weights, processor and tokenizer; adapters may leave
+    the last two to their base model (`base`, if it is not the one they name), which is checked as well."""
     if not folder:
         raise UserError(f"{flag}: expected a folder with Qwen2-VL or a DexVLA checkpoint, found nothing")
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{flag}: expected a folder, found none at {folder} (see `hf download --help`)")
-    if (path / "non_lora_trainables.bin").exists():
-        raise UserError(f"{flag} {folder}: expected whole weights, found the reference's LoRA output; merge it there")
-    for what, patterns in {
+    required = {
         "configuration (config.json)": ["config.json"],
         "weights (*.safetensors or pytorch_model*.bin)": ["*.safetensors", "pytorch_model*.bin"],
         "processor (preprocessor_config.json or processor_config.json)": ["*processor_config.json"],
         "tokenizer (tokenizer.json, or vocab.json and merges.txt)": ["tokenizer.json", "vocab.json"],
-    }.items():
+    }
+    if has_adapters(folder):
+        check_model_folder(base_folder(folder, base), f"{flag} {folder}: its base model")
+        required = {"configuration (config.json)": ["config.json"], " or ".join(ADAPTER_WEIGHTS): ADAPTER_WEIGHTS}
+    elif (path / REFERENCE_REST).exists():
+        raise UserError(f"{flag} {folder}: expected {ADAPTER_CONFIG} beside {REFERENCE_REST}, found none")
+    for what, patterns in required.items():
         if not any(any(path.glob(pattern)) for pattern in patterns):
             raise UserError(f"{flag} {folder}: expected {what}, found none")
     shards = set(path.glob("*.safetensors"))
@@ -58,7 +73,12 @@ def check_model_folder(folder: str | None, flag: str = "--model_name_or_path"):
             raise UserError(f"{flag} {folder}: {shard.name}: expected whole weights, found {error}") from error
 
 
-def load_processor(folder: str) -> ProcessorMixin:
+def load_processor(folder: str, base: str | None = None) -> ProcessorMixin:
+    """Image processor, tokenizer and chat template; of the base model (`base`, or the one that is named there) where a
+    folder of adapters has none."""
+    needed = ("*processor_config.json", "tokenizer.json"), ("*processor_config.json", "vocab.json")
+    if has_adapters(folder) and not any(all(any(Path(folder).glob(name)) for name in names) for names in needed):
+        return load_processor(base_folder(folder, base))
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -195,76 +215,94 @@ def load_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
+    base: str | None = None,
+    ema: bool = False,
 ) -> Qwen2VLForConditionalGenerationForVLA:
     """Loads weights in `dtype`: fp32 for training, since a bf16 parameter does not move under a learning rate of 2e-5.
 
-    A folder with LoRA adapters is merged into its base. With `bits` 4 or 8 the backbone's Linear layers are quantised.
+    A folder with LoRA adapters, ours or the reference's, is merged into its base model: `base`, or the one it names.
+    With `bits` 4 or 8 the backbone's Linear layers are quantised. `ema`: with the averaged weights of the checkpoint.
+
+    Raises:
+        UserError: when adapters or averaged weights are not there or not this model's, or cannot be merged here.
     """
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if config is not None:
-        options["config"] = config
-    if bits < 16:
-        options["device_map"] = {"": device or "cpu"}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=bits == 4,
-            load_in_8bit=bits == 8,
-            llm_int8_skip_modules=[*VLA_MODULES, "lm_head"],
-            bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_quant_type=quant_type,
-        )
-    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
-        model = Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
+    if has_adapters(folder):
+        model = _load_and_merge(folder, config, attn_implementation, bits, base, ema).to(dtype)
     else:
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        if config is not None:
+            options["config"] = config
         if bits < 16:
-            raise UserError(f"--bits {bits}: expected a plain checkpoint, found the adapters of a LoRA run in {folder}")
-        model = _load_and_merge(folder, config, attn_implementation).to(dtype)
+            options["device_map"] = {"": device or "cpu"}
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=bits == 4,
+                load_in_8bit=bits == 8,
+                llm_int8_skip_modules=[*VLA_MODULES, "lm_head", *(_narrow_layers(folder, config) if bits == 4 else [])],
+                bnb_4bit_compute_dtype=compute_dtype,
+                bnb_4bit_use_double_quant=double_quant,
+                bnb_4bit_quant_type=quant_type,
+            )
+        model = Qwen2VLForConditionalGenerationForVLA.from_pretrained(folder, **options)
+        if ema:
+            _load_average(model, folder)
     # where adapters trained on this model will find it again
     model.name_or_path = os.path.abspath(folder)
     return model
 
 
+def _narrow_layers(folder: str, config: Qwen2VLAConfig | None) -> list[str]:
+    """Layers of the backbone that 4 bits do not fit, and a line that says so."""
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGenerationForVLA(config or Qwen2VLAConfig.from_pretrained(folder))
+    narrow = [
+        name
+        for name, layer in model.model.named_modules(prefix="model")
+        if isinstance(layer, nn.Linear) and layer.in_features % NF4_BLOCK
+    ]
+    if narrow:
+        print(
+            f"--bits 4: {len(narrow)} layers stay as they are, their width is no multiple of {NF4_BLOCK}: "
+            f"{', '.join(narrow[:3])}{', …' if len(narrow) > 3 else ''}"
+        )
+    return narrow
+
+
 def _load_and_merge(
-    folder: str, config: Qwen2VLAConfig | None, attn_implementation: str
+    folder: str, config: Qwen2VLAConfig | None, attn_implementation: str, bits: int, base: str | None, ema: bool
 ) -> Qwen2VLForConditionalGenerationForVLA:
     """Base and adapters as one model, fp32; the base may itself be a folder of adapters."""
-    from peft import PeftConfig, PeftModel
-
+    advice = f"python -m qwen2_vla.merge {folder} --output FOLDER makes one of it"
+    if bits < 16:
+        raise UserError(
+            f"--bits {bits}: expected a plain checkpoint, found the adapters of a LoRA run in {folder}; {advice}"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise UserError(f"{folder}: expected a plain checkpoint for ZeRO-3, found the adapters of a LoRA run; {advice}")
+    source = base_folder(folder, base)
     config = config or Qwen2VLAConfig.from_pretrained(folder)
-    base_folder = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base_folder or not os.path.isdir(base_folder):
-        raise UserError(f"{folder}: expected its base model (adapter_config.json), found no folder {base_folder}")
-    base = load_model(base_folder, config, attn_implementation=attn_implementation)
-    load_adapted_head(base, folder)
-    return PeftModel.from_pretrained(base, folder).merge_and_unload()
+    model = load_model(source, config, attn_implementation=attn_implementation)
+    base_has_head = Qwen2VLAConfig.from_pretrained(source).policy_head_config is not None
+    model = attach_adapters(model, folder, base_has_head=base_has_head)
+    if ema:
+        _load_average(model, folder)
+    return model.merge_and_unload().requires_grad_(True)  # peft froze the base model
 
 
-def save_adapted_head(model: nn.Module, folder: str):
-    """Saves the frozen weights under the head's adapters; nothing to do for a head that is fully trained."""
-    frozen = {
-        name.partition("policy_head.")[2].replace(".base_layer.", "."): p.detach().cpu()
-        for name, p in model.named_parameters()
-        if "policy_head." in name and not p.requires_grad and "original_module" not in name
-    }
-    if frozen:
-        save_file(frozen, os.path.join(folder, ADAPTED_HEAD))
-
-
-def load_adapted_head(model: nn.Module, folder: str):
-    """Puts back what `save_adapted_head` saved, into a plain model or one with adapters."""
-    path = os.path.join(folder, ADAPTED_HEAD)
-    if os.path.isfile(path):
-        own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
-        for name, tensor in load_file(path).items():
-            full_name = next(key for key in own if key.endswith(f"policy_head.{name}"))
-            own[full_name].data.copy_(tensor)
+def _load_average(model: nn.Module, folder: str):
+    path = os.path.join(folder, EMA_FILE)
+    if not os.path.isfile(path):
+        raise UserError(f"{folder}: expected averaged weights ({EMA_FILE}, of training with --using_ema), found none")
+    fill(model, read_tensors(path), path)
 
 
 def merge_adapters(folder: str):
-    """Turns a folder of adapters into a plain checkpoint, in place. One rank does it, after training."""
+    """Turns a folder of adapters into a plain checkpoint, in place. One rank does it, after training. Whenever it is
+    killed, the folder is either."""
     unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
-    merged = load_model(folder)
-    merged.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".merged") as beside:
+        load_model(folder).save_pretrained(beside)
+        for path in Path(beside).iterdir():
+            os.replace(path, Path(folder, path.name))
     for name in (ADAPTER_CONFIG, ADAPTED_HEAD, "adapter_model.safetensors", "README.md"):
         Path(folder, name).unlink(missing_ok=True)
 
@@ -296,39 +334,3 @@ def freeze(model: Qwen2VLForConditionalGenerationForVLA, *, backbone: bool = Fal
         model.model.visual.requires_grad_(False)
     if not model.config.using_film:
         model.input_action_proj.requires_grad_(False)  # part of the format, but unused without FiLM
-
-
-def lora_targets(model: nn.Module, modules: list[str]) -> list[str]:
-    """Names of the Linear layers that `--lora_module` means: the blocks of "vit" and "llm", all of "di_head"."""
-    prefixes = {"vit": "model.visual.blocks.", "llm": "model.language_model.layers.", "di_head": "policy_head."}
-    wanted = tuple(prefixes[module] for module in modules)
-    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name.startswith(wanted)]
-
-
-def add_lora(
-    model: Qwen2VLForConditionalGenerationForVLA,
-    modules: list[str],
-    *,
-    r: int = 64,
-    alpha: int = 256,
-    dropout: float = 0.05,
-    bias: str = "none",
-) -> PreTrainedModel:
-    """Wraps the model in LoRA adapters (Hu et al., arXiv 2106.09685); head and fusion stay fully trained and are saved
-    with the adapters, unless "di_head" has the head adapted too."""
-    from peft import LoraConfig, get_peft_model
-
-    saved = [name for name in VLA_MODULES if hasattr(model, name)]
-    if "di_head" in modules:
-        saved.remove("policy_head")
-    if not model.config.using_film:
-        saved.remove("input_action_proj")  # unused then, see freeze
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias=bias,
-        target_modules=lora_targets(model, modules),
-        modules_to_save=saved,
-    )
-    return get_peft_model(model, config)

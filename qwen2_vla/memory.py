@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_map_only
 from data_utils.errors import UserError
 from policy_heads import SCALEDP_SIZES
 
+from .adapters import add_lora, halve_frozen
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .flops import SampleSizes, build_model, collate, preset_config, synthetic_items
-from .loading import add_lora, build_config, freeze
+from .loading import build_config, freeze
 from .modeling_qwen2_vla import VLA_MODULES
 
 GIB, CARDS = 2**30, (12, 16, 24, 40, 80, 141)  # what cards are named after are GiB
@@ -141,8 +142,7 @@ def count_saved(model: nn.Module, batch: dict, keep_inputs_of: list[nn.Module] |
 
 
 def planned_model(config: Qwen2VLAConfig, plan: Plan) -> tuple[nn.Module, list[nn.Linear]]:
-    """The model on fake CUDA tensors with frozen parts and adapters, and its Linear layers that would be quantised;
-    here they are bf16, which is what they are multiplied as."""
+    """The model on fake CUDA tensors, frozen and adapted, and its layers that would be quantised: bf16 here."""
     model, quantised = build_model(config, "meta"), []
     freeze(model, vision_tower=plan.freeze_vision_tower)
     if plan.bits < 16:
@@ -152,6 +152,7 @@ def planned_model(config: Qwen2VLAConfig, plan: Plan) -> tuple[nn.Module, list[n
     if plan.mode != "full":
         with torch.device("meta"):
             model = add_lora(model, ADAPTED, r=plan.lora_r)
+        halve_frozen(model)
     made: dict[int, Tensor] = {}  # tied weights stay tied
     stored = {id(layer.weight) for layer in quantised}
     for module in model.modules():
@@ -215,7 +216,7 @@ def _count(config_json: str, plan: Plan, sizes: SampleSizes) -> Counts:
         if p.requires_grad:
             trained[part_of(name, config.tie_word_embeddings)].append(p.numel())
         elif id(p) not in own:
-            frozen += p.numel() * plan.dtype.itemsize
+            frozen += p.numel() * p.element_size()
     stored = sum(quantised_bytes(layer, plan.bits) for layer in quantised)
     return Counts(trained, frozen, stored, {part: saved[0][part] - each[part] for part in each}, each)
 

@@ -25,8 +25,12 @@ class Qwen2VLAPolicy:
         self.history = model.config.data_config.get("history_images_length", 1)
 
     @classmethod
-    def from_pretrained(cls, folder: str, device: str | torch.device | None = None) -> "Qwen2VLAPolicy":
+    def from_pretrained(
+        cls, folder: str, device: str | torch.device | None = None, *, ema: bool = False
+    ) -> "Qwen2VLAPolicy":
         """Loads a checkpoint folder written by training. `device` defaults to the accelerator, else the CPU.
+
+        With `ema` it acts with the averaged weights, if it was trained with `--using_ema True`.
 
         Raises:
             UserError: when the folder lacks what acting needs.
@@ -35,7 +39,7 @@ class Qwen2VLAPolicy:
             raise UserError(f"checkpoint {folder}: expected dataset_stats.json, written by training, found none")
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(device or accelerator)
-        model = load_model(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
+        model = load_model(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, ema=ema).to(device)
         data = model.config.data_config
         if not data:
             raise UserError(

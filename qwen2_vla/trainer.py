@@ -1,5 +1,5 @@
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -10,10 +10,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from data_utils import EpisodeSampler, SamplingPlan, save_stats
 
+from .adapters import load_adapted_head, save_adapted_head
 from .ema import EMACallback
 from .environment import use_plain_layout
-from .loading import load_adapted_head, load_weights, save_adapted_head
-from .meter import StepMeter
+from .flops import batch_sizes, peak_flops, training_flops
+from .loading import load_weights
+from .meter import StepMeter, device_name
 from .modeling_qwen2_vla import VLA_MODULES, Qwen2VLForConditionalGenerationForVLA
 from .safety import FiniteSteps, StopOnSignal, written_beside
 
@@ -48,6 +50,7 @@ class QWen2VLATrainer(Trainer):
         self.add_callback(self.stop_on_signal)
         self.finite_steps = FiniteSteps(self.args.max_skipped_steps)
         self.meter = StepMeter()
+        self.peak_flops = peak_flops(device_name(self.args.device))
         self._run_dir: str | None = None  # while a checkpoint is written
         for module in self.model.modules():
             if isinstance(module, torch.nn.Conv3d):
@@ -64,6 +67,7 @@ class QWen2VLATrainer(Trainer):
         return super()._prepare_inputs(inputs) | exact
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        flops = self._flops(inputs) if model.training else 0.0
         sources, _ = inputs.pop("sources", None), inputs.pop("token_counts", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         # Stays on the device; it is read when something is logged
@@ -71,8 +75,23 @@ class QWen2VLATrainer(Trainer):
         if model.training:
             self.finite_steps.watch(self.state.global_step + 1, loss, sources)
             self._add_losses("train", self._losses[None], len(inputs["input_ids"]))
-            self.meter.count(len(inputs["input_ids"]))
+            self.meter.count(len(inputs["input_ids"]), flops)
         return (loss, outputs) if return_outputs else loss
+
+    def _flops(self, batch: dict) -> float:
+        """What the batch needs by the mathematics, forward and backward; 0 where nothing could be said with it."""
+        if self.peak_flops is None or "images" not in batch:
+            return 0.0
+        args = self.args
+        each = training_flops(
+            self.model.config,
+            batch_sizes(batch),
+            freeze_backbone=args.freeze_backbone,
+            freeze_vision_tower=args.freeze_vision_tower,
+            lora_modules=args.lora_modules if args.lora_enable else (),
+            lora_r=args.lora_r,
+        )
+        return sum(each.values()) * len(batch["input_ids"])
 
     def training_step(self, *args, **kwargs):
         # what is not finite is skipped and reported; in the mean it would hide all other steps
@@ -111,7 +130,7 @@ class QWen2VLATrainer(Trainer):
         if "loss" in logs:
             self.finite_steps.report(self.accelerator)
             logs = {"loss": logs.pop("loss"), **self._take_losses("train"), **logs}
-            logs |= self.meter.read(self.args.world_size, None)
+            logs |= self.meter.read(self.args.world_size, self.peak_flops)
         super().log(logs, *args, **kwargs)
 
     @contextmanager
@@ -124,7 +143,9 @@ class QWen2VLATrainer(Trainer):
             yield
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        with self._fixed_noise(), self.meter.pause():
+        ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
+        averaged = ema.in_place_of_the_weights(self.model) if ema and self.args.eval_ema else nullcontext()
+        with self._fixed_noise(), self.meter.pause(), averaged:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._take_losses("eval", f"{metric_key_prefix}_"))
         return output

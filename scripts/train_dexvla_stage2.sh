@@ -28,4 +28,4 @@ launch \
     --max_steps 100000 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
     --learning_rate 2e-5 --lr_scheduler_type constant --warmup_ratio 0.01 --weight_decay 0. \
     --save_strategy steps --save_steps 10000 --save_total_limit 50 --logging_steps 50 \
-    --gradient_checkpointing True --dataloader_num_workers 8
+    --gradient_checkpointing auto --dataloader_num_workers 8

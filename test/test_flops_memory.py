@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import train_step
 from data_utils import UserError
 from qwen2_vla import memory
+from qwen2_vla.adapters import add_lora, halve_frozen
 from qwen2_vla.flops import (
     SampleSizes,
     batch_sizes,
@@ -19,7 +20,7 @@ from qwen2_vla.flops import (
     synthetic_items,
     training_flops,
 )
-from qwen2_vla.loading import add_lora, build_config, freeze, load_model
+from qwen2_vla.loading import build_config, freeze, load_model
 from qwen2_vla.memory import BACKWARD, Plan, count, count_saved, estimate
 
 SMALL = SampleSizes(images=((84, 112),) * 2, tokens=60, answer_tokens=8)
@@ -110,6 +111,7 @@ def real_model(config, plan: Plan):
     freeze(model, vision_tower=plan.freeze_vision_tower)
     if plan.mode == "lora":
         model = add_lora(model, memory.ADAPTED, r=plan.lora_r)
+        halve_frozen(model)
     if plan.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

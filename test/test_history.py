@@ -107,7 +107,5 @@ def test_a_policy_wants_its_frames(tiny_base, tmp_path):
         {"images": dict.fromkeys(CAMERAS, two), "qpos": np.zeros(14)}, "Fold.", max_new_tokens=2
     )
     assert actions.shape == (8, 14)
-    with pytest.raises(
-        UserError, match=r"images\['cam_high'\]: expected 2 frames .*found \(48, 64, 3\)"
-    ):
+    with pytest.raises(UserError, match=r"images\['cam_high'\]: expected 2 frames .*found \(48, 64, 3\)"):
         policy.predict({"images": dict.fromkeys(CAMERAS, one), "qpos": np.zeros(14)}, "Fold.")

@@ -396,3 +396,28 @@ def test_weights_are_loaded_in_fp32(tiny_base):
     assert {p.dtype for p in bf16.parameters()} == {torch.bfloat16}
     config = build_config(tiny_base, depth=1, width=64, num_heads=4)
     assert {p.dtype for p in load_model(tiny_base, config).parameters()} == {torch.float32}
+
+
+def test_evaluation_with_averaged_weights(train, tiny_base):
+    """At the last step both are evaluated: once the weights as they are, once their average."""
+    flags = {"eval_strategy": "steps", "eval_steps": 4, "using_ema": True, "per_device_eval_batch_size": 4}
+    plain, averaged = train("plain", **flags), train("averaged", eval_ema=True, **flags)
+    assert column(plain, "loss") == column(averaged, "loss")  # training does not notice
+    assert column(plain, "eval_loss") != column(averaged, "eval_loss")
+    for name in ("model.safetensors", "checkpoint-4/ema.safetensors"):
+        a, b = load_file(f"{plain}/{name}"), load_file(f"{averaged}/{name}")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    policy = Qwen2VLAPolicy.from_pretrained(f"{plain}/checkpoint-4", device="cpu", ema=True)
+    stored = load_file(f"{plain}/checkpoint-4/ema.safetensors")
+    weights = dict(policy.model.named_parameters())
+    assert stored and all(torch.equal(weights[name], average) for name, average in stored.items())
+
+
+def test_adapters_in_bf16_leave_a_whole_model(train, tiny_base):
+    """The frozen layers are halved while it trains; what is merged in the end has the base's own precision."""
+    out = train(lora_enable=True, lora_module="vit llm", lora_r=4, bf16=True, max_steps=8, learning_rate=1e-2)
+    assert column(out, "loss")[-1] < column(out, "loss")[0]
+    merged, base = load_file(f"{out}/model.safetensors"), load_file(f"{tiny_base}/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert merged[name].dtype == torch.float32 and not torch.equal(merged[name], base[name])
+    assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])

@@ -68,12 +68,7 @@ def hdf5_files(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    found = [
-        Path(folder, name)
-        for folder, _, names in walk(source)
-        for name in names
-        if name.endswith(".hdf5")
-    ]
+    found = [Path(folder, name) for folder, _, names in walk(source) for name in names if name.endswith(".hdf5")]
     if not found:
         raise DatasetError(f"SRC {source}: expected *.hdf5 files, found none")
     return sorted(found)
