@@ -21,7 +21,7 @@ from policy_heads.diffusion import ZeroLinear
 
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .fusion import ActionProjector, FiLM, masked_mean
-from .patches import to_patches
+from .patches import image_or_video_patches
 from .text import can_encode, encode_tokens, speed_up
 from .vision import attend_in_groups, encode_images
 
@@ -180,8 +180,8 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         """Without `actions` this is Qwen2-VL's forward. With them, one training step; see the collator for the batch.
 
         Args:
-            input_ids, labels, attention_mask: (B, L), left-padded. pixel_values: (patches, 1176), or instead of it
-            images: one (B, F, h, w, 3) uint8 per camera.
+            input_ids, labels, attention_mask: (B, L), left-padded.
+            pixel_values: (patches, 1176). images: instead of them, one (B, F, h, w, 3) uint8 per camera.
             logits_to_keep: how many positions from the end hold answer tokens, plus one; 0 finds out (a host sync).
             actions: (B, T, A) normalised. states: (B, S) normalised. is_pad: (B, T) bool.
             sources, token_counts: part of the batch, without effect here.
@@ -189,9 +189,10 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         Returns:
             `Qwen2VLAOutput`, or Qwen2-VL's output without `actions`.
         """
+        fast = can_encode(self.model.language_model) and all(x is not None for x in (actions, images, position_ids))
+        if images is not None and not fast:
+            pixel_values, pixel_values_videos = image_or_video_patches(images)
         if actions is None:
-            if images is not None:
-                pixel_values, pixel_values_videos = _pixel_values(images)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -208,12 +209,9 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        # hidden states (B, L, D), after the final norm
-        if images is not None and position_ids is not None and can_encode(self.model.language_model):
-            hidden_states = self._encode(input_ids, attention_mask, position_ids, images)
+        if fast:
+            hidden_states = self._encode(input_ids, attention_mask, position_ids, images)  # (B, L, D)
         else:
-            if images is not None:
-                pixel_values, pixel_values_videos = _pixel_values(images)
             hidden_states = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -226,8 +224,7 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 mm_token_type_ids=self._token_types(input_ids, mm_token_type_ids),
                 use_cache=False,
                 **kwargs,
-            ).last_hidden_state
-
+            ).last_hidden_state  # (B, L, D), after the final norm
         is_label = labels != IGNORE_INDEX  # (B, L)
         if not logits_to_keep:
             first = int(is_label.any(dim=0).int().argmax())
@@ -273,10 +270,9 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         Returns:
             actions (B, T, A), normalised, fp32; the B texts without special tokens (empty in TinyVLA mode).
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if images is not None:
-            pixel_values, pixel_values_videos = _pixel_values(images)
+            pixel_values, pixel_values_videos = image_or_video_patches(images)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -341,12 +337,6 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         finally:
             hook.remove()
         return torch.cat(states, dim=1), generated, generated == end
-
-
-def _pixel_values(images: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """The patches of images, or, of more than one frame, of videos."""
-    patches = to_patches(images)
-    return (None, patches) if images[0].shape[1] > 1 else (patches, None)
 
 
 # Old key names (`visual.*`, `model.layers.*`) are renamed by class name, and not for subclasses, so say it again.

@@ -16,6 +16,12 @@ def to_patches(images: list[Tensor]) -> Tensor:
     return torch.cat([camera_patches(image) for image in images], dim=1).flatten(0, 1)
 
 
+def image_or_video_patches(images: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """`pixel_values` and `pixel_values_videos`: one of them, images of more than one frame being videos."""
+    patches = to_patches(images)
+    return (None, patches) if images[0].shape[1] > 1 else (patches, None)
+
+
 def camera_patches(image: Tensor) -> Tensor:
     """(B, F, h, w, 3) uint8 -> (B, patches, 1176) float32, normalised."""
     batch, frames, height, width, _ = image.shape
