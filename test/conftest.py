@@ -12,7 +12,7 @@ from transformers import AutoProcessor, logging
 from qwen2_vla import Qwen2VLForConditionalGenerationForVLA
 from qwen2_vla.tiny import write_tiny_model
 
-from .helpers import GOLDEN, write_episode
+from .helpers import GOLDEN, LENGTH, ONE_CAMERA, write_episode
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 logging.disable_progress_bar()
@@ -62,3 +62,13 @@ def task(tmp_path_factory):
     }
     yield "test_task"
     del TASK_CONFIGS["test_task"]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three episodes of 12 frames without labels, one of them in a folder below and compressed."""
+    folder = tmp_path / "dataset"
+    write_episode(folder / "episode_0.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False)
+    write_episode(folder / "episode_1.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False, seed=1)
+    write_episode(folder / "more" / "fold.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False, seed=2, jpeg=True)
+    return folder

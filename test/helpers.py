@@ -15,6 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
+LENGTH, ONE_CAMERA = 12, ["cam_high"]  # of the datasets to be labelled
 CAMERAS = ["cam_high", "cam_left_wrist", "cam_right_wrist"]
 EPISODES = [str(GOLDEN / "episodes" / f"episode_{i}.hdf5") for i in range(3)]
 
@@ -104,3 +105,10 @@ def run(command: list[str], env: dict[str, str] | None = None, timeout: int = 30
         text=True,
         timeout=timeout,
     )
+
+
+def label_file(dataset: Path, *rows: str, header: str = "episode,start,end,text") -> str:
+    """Path of a CSV of reasoning labels, beside the dataset."""
+    path = dataset.parent / "labels.csv"
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return str(path)

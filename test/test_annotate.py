@@ -17,26 +17,7 @@ from data_utils.annotate import Describer, choose_cameras, main, propose, write_
 from data_utils.index import summarize_all
 from data_utils.labels import EpisodeNames, apply, export
 
-from .helpers import GOLDEN, run, write_episode
-
-LENGTH = 12
-ONE_CAMERA = ["cam_high"]
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    """Three episodes of 12 frames without labels, one of them in a folder below and compressed."""
-    folder = tmp_path / "dataset"
-    write_episode(folder / "episode_0.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False)
-    write_episode(folder / "episode_1.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False, seed=1)
-    write_episode(folder / "more" / "fold.hdf5", LENGTH, cameras=ONE_CAMERA, reasonings=False, seed=2, jpeg=True)
-    return folder
-
-
-def label_file(dataset: Path, *rows: str, header: str = "episode,start,end,text") -> str:
-    path = dataset.parent / "labels.csv"
-    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    return str(path)
+from .helpers import GOLDEN, LENGTH, ONE_CAMERA, label_file, run, write_episode
 
 
 @pytest.fixture(scope="module")
