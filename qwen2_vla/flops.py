@@ -25,7 +25,8 @@ from policy_heads import ConditionalUnet1D, UnetDiffusionPolicyConfig
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .patches import MERGE, PATCH, TEMPORAL
 
-# Dense bf16 matrix products with fp32 accumulation, operations per second, from the vendors' data sheets (where one
+# Dense bf16 matrix products with fp32 accumulation, operations per second, as the vendors publish them; written down
+# from memory, so hold a figure against the data sheet before you quote an MFU. The sheets are (where one
 # gives the figure with sparsity, half of it): NVIDIA B200, H200, H100 and H20, A100, A40, A10, L40S, L40, L4, RTX A6000
 # and RTX 6000 Ada data sheets; RTX 30, 40 and 50: appendices of the GA102, AD102 and RTX Blackwell white papers.
 # Huawei's for Ascend are fp16 figures; the bins of the 910B differ by up to a quarter, this is one of the higher ones.
