@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -100,11 +101,12 @@ class FiniteSteps:
 
     def watch(self, step: int, value: torch.Tensor, sources: list[tuple[str, int]] | None = None):
         """Notes a loss (with its `sources`) or gradient norm of `step`, to be looked at when something is logged."""
-        self.pending.append((step, sources, ~value.detach().isfinite().all()))
+        self.pending.append((step, sources, ~_whole(value.detach()).isfinite().all()))
 
     @staticmethod
     def guard(optimizer: torch.optim.Optimizer, norm: torch.Tensor):
         """Makes the next `optimizer.step()` do nothing if the gradient's norm is not finite."""
+        norm = _whole(norm)
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels look at it on the device
         elif not norm.isfinite():  # others must be asked; a parameter without gradient is not stepped
@@ -139,6 +141,11 @@ class FiniteSteps:
                 f"--max_skipped_steps {self.limit}: expected losses and gradients to be finite, found "
                 f"{len(self.skipped)} steps where they are not:\n{listed}"
             )
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Under FSDP a norm is spread over the ranks."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _listed(sources: list[tuple[str, int]]) -> str:

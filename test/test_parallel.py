@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from data_utils import EpisodicDataset, Qwen2VLADataCollatorForSupervisedDataset, get_norm_stats
 from qwen2_vla import Qwen2VLAProcess, Qwen2VLForConditionalGenerationForVLA
 from qwen2_vla.loading import load_processor
+from qwen2_vla.safety import FiniteSteps
 
 from .helpers import CAMERAS, EPISODES, GOLDEN, ROOT, relative_error
 from .test_scripts import SMALL, data_dir, free_port, losses, script  # noqa: F401  (fixtures)
@@ -82,6 +83,14 @@ def sharded_rank(rank: int, port: int, folder: str):
     fully_shard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     gradients = gradients_of(model, [rank, 10 + rank])
+    if rank == 1:  # one rank's share of one gradient is enough
+        shares = (p.grad.to_local() for p in model.parameters() if p.grad is not None)
+        next(share for share in shares if share.numel())[0] = torch.nan
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    before = [p.to_local().clone() for p in model.parameters()]
+    FiniteSteps.guard(optimizer, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.step()
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before))
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")
     dist.barrier()
