@@ -88,7 +88,12 @@ def sharded_rank(rank: int, port: int, folder: str):
         next(share for share in shares if share.numel())[0] = torch.nan
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     before = [p.to_local().clone() for p in model.parameters()]
-    FiniteSteps.guard(optimizer, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    steps = FiniteSteps(limit=10)
+    steps.watch(1, torch.tensor(1.0))
+    steps.watch(1, norm)
+    assert torch.stack([bad for *_, bad in steps.pending]).tolist() == [False, True]
+    FiniteSteps.guard(optimizer, norm)
     optimizer.step()
     assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before))
     if rank == 0:
