@@ -43,5 +43,7 @@ wanted=$(sha256sum requirements.txt)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing requirements.txt: 2 to 4 minutes, 6 GB on disk"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # for the tests of the policy server; without its dependencies, since it asks for a numpy below 2 and runs with any
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
     echo "$wanted" >.venv/installed
 fi
