@@ -10,7 +10,7 @@ The file of one episode (N steps; action[t] is the command carried out at t, qpo
                                                   --jpeg False: (N, H, W, 3) u8, RGB
     compress_len (K, N) i64                       with --jpeg True: bytes before the padding, cameras as in CAMERA_NAMES
     language_raw (1,), substep_reasonings (N,)    UTF-8 strings
-    attributes: sim = True, compress (bool), seed (int)
+    attributes: sim = True, compress (bool), seed (int), spread (float)
 """
 
 import os
@@ -54,15 +54,15 @@ def _simulators(task_name, fast_rendering):
     return ScriptedPolicy(task_name), AlohaSimulation(task_name, fast_rendering=fast_rendering)
 
 
-def replay(env, actions, seed, image_size, keep_frame):
-    """Carries out (N, 14) actions from the seed's start.
+def replay(env, actions, seed, spread, image_size, keep_frame):
+    """Carries out (N, 14) actions from the start that seed and spread give.
 
     `keep_frame(step, camera, image)` takes every image, (H, W, 3) u8 RGB, seen before the action of that step.
     Returns qpos (N, 14), qvel (N, 14), likewise from before, and the highest reward.
     """
     qpos, qvel = np.empty((2, len(actions), 14), np.float32)
     highest = 0
-    env.reset(seed)
+    env.reset(seed, spread)
     for step, action in enumerate(actions):
         qpos[step], qvel[step] = env.qpos(), env.qvel()
         for camera, image in env.render(CAMERA_NAMES, image_size).items():
@@ -85,7 +85,7 @@ def write_jpegs(root, frames):
             images[step, : len(data)] = data
 
 
-def write_episode(path, env, actions, seed, *, language, reasonings, image_size, jpeg_quality):
+def write_episode(path, env, actions, seed, *, spread, language, reasonings, image_size, jpeg_quality):
     """Replays (N, 14) actions and records what is seen in `path`; jpeg_quality None keeps raw frames.
 
     Returns the highest reward.
@@ -104,18 +104,18 @@ def write_episode(path, env, actions, seed, *, language, reasonings, image_size,
         def keep_frame(step, camera, image):
             frames[camera][step] = image if jpeg_quality is None else encode_jpeg(image, jpeg_quality)
 
-        qpos, qvel, highest = replay(env, actions, seed, image_size, keep_frame)
+        qpos, qvel, highest = replay(env, actions, seed, spread, image_size, keep_frame)
         if jpeg_quality is not None:
             write_jpegs(root, frames)
         root["action"], root["observations/qpos"], root["observations/qvel"] = actions, qpos, qvel
         text = h5py.string_dtype("utf-8")
         root.create_dataset("language_raw", data=[language], dtype=text)
         root.create_dataset("substep_reasonings", data=reasonings, dtype=text)
-        root.attrs.update(sim=True, compress=jpeg_quality is not None, seed=seed)
+        root.attrs.update(sim=True, compress=jpeg_quality is not None, seed=seed, spread=spread)
     return highest
 
 
-def record_episode(episode, *, task_name, dataset_dir, seed, image_size, jpeg_quality, fast_rendering):
+def record_episode(episode, *, task_name, dataset_dir, seed, spread, image_size, jpeg_quality, fast_rendering):
     """Records episode_<episode>.hdf5; returns the seeds tried, of which the last succeeded."""
     policy, env = _simulators(task_name, fast_rendering)
     path = episode_path(dataset_dir, episode)
@@ -126,12 +126,13 @@ def record_episode(episode, *, task_name, dataset_dir, seed, image_size, jpeg_qu
             start = seed + episode + attempt * RETRY_STRIDE
             tried.append(start)
             # Single precision first: the replay has to succeed with the actions as they are stored.
-            actions = policy.rollout(start).astype(np.float32)
+            actions = policy.rollout(start, spread=spread).astype(np.float32)
             highest = write_episode(
                 unfinished,
                 env,
                 actions,
                 start,
+                spread=spread,
                 language=instruction(task_name, start),
                 reasonings=substep_reasonings(task_name, len(actions)),
                 image_size=image_size,
@@ -196,6 +197,16 @@ def _integer(lowest, highest):
     return parse
 
 
+def _share(text):
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return share
+
+
 def _image_size(text):
     match = re.fullmatch(r"\(?\s*(\d+)\s*,\s*(\d+)\s*\)?", text)
     size = tuple(int(number) for number in match.groups()) if match else (0, 0)
@@ -217,6 +228,8 @@ def main(argv=None):
     add("--dataset_dir", type=Path, help="default: the task's folder in TASK_CONFIGS")
     add("--num_episodes", type=_integer(1, 10**6), default=50, help="those already there count (default: 50)")
     add("--seed", type=_integer(0, 10**9), default=0, help="episode i starts from seed + i (default: 0)")
+    help_spread = "share of the objects' area, about its middle, that starts are drawn from; 0: one start (default: 1)"
+    add("--spread", type=_share, default=1.0, help=help_spread)
     add("--jpeg", type=_boolean, default=True, help="store frames as JPEG, else raw (default: True)")
     add("--jpeg_quality", type=_integer(1, 100), default=90, help="default: 90")
     add("--image_size", type=_image_size, default=(640, 480), help='default: "(640,480)", width and height')
@@ -231,6 +244,7 @@ def main(argv=None):
             args.num_episodes,
             num_workers=args.num_workers,
             seed=args.seed,
+            spread=args.spread,
             image_size=args.image_size,
             jpeg_quality=args.jpeg_quality if args.jpeg else None,
             fast_rendering=args.fast_rendering,

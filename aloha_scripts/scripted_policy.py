@@ -200,10 +200,10 @@ class ScriptedPolicy:
         for first_dof in (0, 8):
             model.dof_frictionloss[first_dof : first_dof + 6] = 1
 
-    def rollout(self, seed, steps=EPISODE_LEN):
+    def rollout(self, seed, steps=EPISODE_LEN, spread=1.0):
         """(steps, 14) f64 actions for the joint-space task: joint positions in rad, commanded grippers 0..1."""
         env = self.env
-        env.reset(seed)
+        env.reset(seed, spread)
         start = env.qpos()
         homes = _home(env, 0, start[6]), _home(env, 1, start[13])
         for weld, home in enumerate(homes):  # the reset leaves the targets elsewhere, which would jerk the arms

@@ -71,31 +71,46 @@ CAMERA_NAMES = ("top", "left_wrist", "right_wrist")
 
 
 def sample_transfer_cube(seed):
-    """(7,) position in m and quaternion of the cube."""
-    return sample_box_pose(seed)
+    """(1, 7) position in m and quaternion of the cube."""
+    return sample_box_pose(seed)[None]
 
 
 def sample_insertion(seed):
-    """(14,) position in m and quaternion of the peg, then of the socket."""
-    return np.concatenate(sample_insertion_pose(seed))
+    """(2, 7) position in m and quaternion of the peg, then of the socket."""
+    return np.stack(sample_insertion_pose(seed))
 
 
-# task name: (name of the model file, joint-space task, end-effector task, seed -> start poses of the objects)
+# task name: (name of the model file, joint-space task, end-effector task, seed -> start poses of the objects, the
+# middle (objects, 2) of the area that x and y are drawn from, in m)
 _TASKS = {
     "sim_transfer_cube_scripted": (
         "transfer_cube",
         sim.TransferCubeTask,
         sim_end_effector.TransferCubeEndEffectorTask,
         sample_transfer_cube,
+        [[0.1, 0.5]],
     ),
     "sim_insertion_scripted": (
         "insertion",
         sim.InsertionTask,
         sim_end_effector.InsertionEndEffectorTask,
         sample_insertion,
+        [[0.15, 0.5], [-0.15, 0.5]],
     ),
 }
 SIM_TASKS = tuple(_TASKS)
+
+
+def full_name(task_name):
+    """One of SIM_TASKS; `sim_transfer_cube` and `sim_insertion` are understood too.
+
+    Raises:
+        ValueError: naming the known tasks.
+    """
+    for name in (task_name, f"{task_name}_scripted"):
+        if name in _TASKS:
+            return name
+    raise ValueError(f"unknown simulated task {task_name!r}; known: {', '.join(_TASKS)}")
 
 
 def _seeded_and_blind(task_class):
@@ -126,9 +141,7 @@ class AlohaSimulation:
     """
 
     def __init__(self, task_name, *, end_effector=False, fast_rendering=True):
-        if task_name not in _TASKS:
-            raise ValueError(f"unknown simulated task {task_name!r}; known: {', '.join(_TASKS)}")
-        model, joint_task, end_effector_task, self._sample = _TASKS[task_name]
+        model, joint_task, end_effector_task, self._sample, self._middle = _TASKS[full_name(task_name)]
         kind = "end_effector_" if end_effector else ""
         self.physics = mujoco.Physics.from_xml_path(str(ASSETS_DIR / f"bimanual_viperx_{kind}{model}.xml"))
         self._task = _seeded_and_blind(end_effector_task if end_effector else joint_task)
@@ -138,9 +151,12 @@ class AlohaSimulation:
             self.physics.model.light_castshadow[:] = 0
             self.physics.model.vis.quality.offsamples = 0
 
-    def reset(self, seed):
-        """Starts an episode; the seed places the objects."""
-        self._task.object_poses = self._sample(seed)
+    def reset(self, seed, spread=1.0):
+        """Starts an episode; the seed places the objects, in the middle `spread` (0 .. 1) of their area's sides."""
+        poses = self._sample(seed)  # (objects, 7)
+        if spread != 1:
+            poses[:, :2] = self._middle + spread * (poses[:, :2] - self._middle)
+        self._task.object_poses = poses.flatten()
         self._env.reset()
 
     def step(self, action):

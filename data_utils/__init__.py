@@ -7,6 +7,7 @@ from .episodes import Episode, find_all_hdf5, find_episodes, open_episode, store
 from .errors import DatasetError, Finding, UserError
 from .index import check_episodes, summarize_all
 from .normalization import (
+    load_robot_stats,
     load_stats,
     normalize_action,
     normalize_state,
@@ -35,6 +36,7 @@ __all__ = [
     "find_episodes",
     "get_norm_stats",
     "load_data",
+    "load_robot_stats",
     "load_stats",
     "normalize_action",
     "normalize_state",

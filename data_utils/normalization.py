@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import UserError
+
 STATS_JSON, STATS_PKL = "dataset_stats.json", "dataset_stats.pkl"
 MIN_STD = 1e-2  # a joint that hardly moves must not blow up
 RANGE_MARGIN = 1e-4
@@ -97,4 +99,26 @@ def load_stats(folder: str | os.PathLike) -> dict[str, np.ndarray]:
         FileNotFoundError: when the folder has no `dataset_stats.json`.
     """
     with open(os.path.join(folder, STATS_JSON)) as file:
-        return {key: np.asarray(value, dtype=np.float32) for key, value in json.load(file).items()}
+        return _as_arrays(json.load(file))
+
+
+def load_robot_stats(folder: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """Robot -> its statistics. `dataset_stats.json` holds them by robot, or those of a single one, named "default".
+
+    Raises:
+        UserError: when there is none, or one that is no such file.
+    """
+    path = os.path.join(folder, STATS_JSON)
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {folder}: expected {STATS_JSON}, written by training, found none")
+    try:
+        with open(path) as file:
+            stats = json.load(file)
+        by_robot = stats if all(isinstance(value, dict) for value in stats.values()) else {"default": stats}
+        return {robot: _as_arrays(its_stats) for robot, its_stats in by_robot.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: expected statistics as training writes them, found {error}") from error
+
+
+def _as_arrays(stats: dict) -> dict[str, np.ndarray]:
+    return {key: np.asarray(value, dtype=np.float32) for key, value in stats.items()}

@@ -1,5 +1,6 @@
 """What every diffusion head shares: noise, the masked loss and the DDIM loop (Song et al., arXiv 2010.02502)."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -39,6 +40,23 @@ class DiffusionPolicyHead(PreTrainedModel):
         """Noise in `x` (B, T, A) at diffusion steps `t` (B,), given `hidden_states` (B, L, D) and `states` (B, S)."""
         raise TypeError(f"{type(self).__name__} must define predict_noise")
 
+    def noise_predictor(
+        self, steps: list[int], hidden_states: Tensor, states: Tensor
+    ) -> Callable[[int, Tensor], Tensor]:
+        """A function (i, x) -> the noise in `x` (B, T, A) at diffusion step `steps[i]`, fp32; heads that can do part of
+        the work for all steps at once override this."""
+
+        def predict(i: int, x: Tensor) -> Tensor:
+            t = torch.full(x.shape[:1], steps[i], device=x.device)  # (B,)
+            return self.predict_noise(x, t, hidden_states, states).float()
+
+        return predict
+
+    def _at_step(self, actions: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Clean `actions` (B, T, A) with as much noise as there is at diffusion step `step`."""
+        signal = self.scheduler.alphas_cumprod[step].item()
+        return signal**0.5 * actions + (1 - signal) ** 0.5 * noise
+
     def forward(self, actions: Tensor, hidden_states: Tensor, states: Tensor, is_pad: Tensor) -> dict[str, Tensor]:
         """Denoising loss of one batch.
 
@@ -68,11 +86,33 @@ class DiffusionPolicyHead(PreTrainedModel):
     @torch.no_grad()
     def sample(self, hidden_states: Tensor, states: Tensor) -> Tensor:
         """Draws an action chunk (B, T, A), normalised, fp32, with `num_inference_timesteps` DDIM steps."""
+        return self.denoise(self.draw_noise(states), hidden_states, states)
+
+    def draw_noise(self, states: Tensor) -> Tensor:
+        """Where the chunks for `states` (B, S) start from: (B, T, A), standard normal, fp32."""
         shape = (states.shape[0], self.config.prediction_horizon, self.config.input_dim)
-        x = torch.randn(shape, device=states.device)  # (B, T, A)
+        return torch.randn(shape, device=states.device)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        hidden_states: Tensor,
+        states: Tensor,
+        known: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The DDIM loop from `noise` (B, T, A) to an action chunk (B, T, A), normalised, fp32.
+
+        `known` (B, T, A) is inpainted with `weights` (B, T) in [0, 1]: at 1 the chunk is `known` there, and what
+        follows is drawn to fit (RePaint, Lugmayr et al., arXiv 2201.09865; real-time chunking, arXiv 2506.07339).
+        """
         self.scheduler.set_timesteps(self.config.num_inference_timesteps)
-        for step in self.scheduler.timesteps.tolist():
-            t = torch.full(shape[:1], step, device=states.device)  # (B,)
-            noise = self.predict_noise(x, t, hidden_states, states).float()  # (B, T, A)
-            x = self.scheduler.step(noise, step, x).prev_sample  # (B, T, A)
-        return x
+        steps = self.scheduler.timesteps.tolist()
+        predict = self.noise_predictor(steps, hidden_states, states)
+        x = noise
+        for i, step in enumerate(steps):
+            if known is not None:
+                x = torch.lerp(x, self._at_step(known, noise, step), weights[..., None])
+            x = self.scheduler.step(predict(i, x), step, x).prev_sample  # (B, T, A)
+        return x if known is None else torch.lerp(x, known, weights[..., None])

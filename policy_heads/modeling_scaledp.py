@@ -5,6 +5,7 @@ DexVLA (arXiv 2502.05855). Parameter names are those of the released weights.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,10 @@ class ScaleDPBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, T, W) action tokens, c (B, W) SiLU of the condition -> (B, T, W)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation(self.adaLN_modulation, c, 6)
+        return self.update(x, *modulation(self.adaLN_modulation, c, 6))
+
+    def update(self, x, shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) -> Tensor:
+        """x (B, T, W) and what the condition makes of the layers, (B, 1, W) each -> (B, T, W)."""
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         # as rows, so that the layers need not make rows of it one by one
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).flatten(0, 1)).view_as(x)
@@ -84,7 +88,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, T, W), (B, W) -> (B, T, A)
-        shift, scale = modulation(self.adaLN_modulation, c, 2)
+        return self.update(x, *modulation(self.adaLN_modulation, c, 2))
+
+    def update(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -133,14 +139,37 @@ class ScaleDP(DiffusionPolicyHead):
             nn.init.normal_(module.t_embedder.mlp[2].weight, std=0.02)
             nn.init.normal_(module.cond_obs_emb.weight, std=0.02)
 
-    def predict_noise(self, x: Tensor, t: Tensor, hidden_states: Tensor, states: Tensor) -> Tensor:
+    def _condition(self, t: Tensor, hidden_states: Tensor, states: Tensor) -> Tensor:
+        """What all blocks are modulated by, (N, W), for diffusion steps (N,), N a multiple of the B samples."""
         dtype = self.pos_embed.dtype
         cond = hidden_states.to(dtype).mean(dim=1)  # (B, L, D) -> (B, D); L is 1 unless TinyVLA
         if self.config.is_tinyvla:
             cond = self.norm_after_pool(cond)
-        cond = self.combine(torch.cat([cond, states.to(cond.dtype)], dim=-1))  # (B, D)
-        c = F.silu(self.t_embedder(t) + self.cond_obs_emb(cond))  # (B, W)
-        x = self.x_embedder(x.to(dtype)) + self.pos_embed  # (B, T, W)
+        cond = self.cond_obs_emb(self.combine(torch.cat([cond, states.to(cond.dtype)], dim=-1)))  # (B, W)
+        return F.silu(self.t_embedder(t) + cond.repeat(len(t) // len(cond), 1))
+
+    def predict_noise(self, x: Tensor, t: Tensor, hidden_states: Tensor, states: Tensor) -> Tensor:
+        c = self._condition(t, hidden_states, states)  # (B, W)
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, W)
         for block in self.blocks:
             x = block(x, c)
         return self.final_layer(x, c)  # (B, T, A)
+
+    def noise_predictor(
+        self, steps: list[int], hidden_states: Tensor, states: Tensor
+    ) -> Callable[[int, Tensor], Tensor]:
+        # The modulations, a third of the weights, do not depend on x: read once for all steps
+        batch = len(states)
+        t = torch.cat([torch.full((batch,), step, device=states.device) for step in steps])  # (N * B,)
+        c = self._condition(t, hidden_states, states)  # (N * B, W)
+        layers = [(block, modulation(block.adaLN_modulation, c, 6)) for block in self.blocks]
+        last = modulation(self.final_layer.adaLN_modulation, c, 2)
+
+        def predict(i: int, x: Tensor) -> Tensor:
+            rows = slice(i * batch, (i + 1) * batch)
+            x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, W)
+            for block, parts in layers:
+                x = block.update(x, *(part[rows] for part in parts))
+            return self.final_layer.update(x, *(part[rows] for part in last)).float()  # (B, T, A)
+
+        return predict

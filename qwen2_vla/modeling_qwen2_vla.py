@@ -1,7 +1,7 @@
 """DexVLA as a small difference to transformers' Qwen2-VL (DexVLA: arXiv 2502.05855)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    GenerationConfig,
     Qwen2VLForConditionalGeneration,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -19,6 +18,7 @@ from transformers.utils import ModelOutput, logging
 
 from policy_heads.diffusion import ZeroLinear
 
+from .acting import ActingMixin
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .fusion import ActionProjector, FiLM, masked_mean
 from .patches import image_or_video_patches
@@ -46,11 +46,13 @@ class Qwen2VLAOutput(ModelOutput):
     condition: Tensor | None = None
 
 
-class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
+class Qwen2VLForConditionalGenerationForVLA(ActingMixin, Qwen2VLForConditionalGeneration):
     config_class = Qwen2VLAConfig
     config: Qwen2VLAConfig
     # The losses are means over the micro-batch, so the Trainer must do the scaling for gradient accumulation.
     accepts_loss_kwargs = False
+    # Statistics of the robots that the model was trained on, from dataset_stats.json; see `predict_action`.
+    norm_stats: dict[str, dict] | None = None
 
     def __init__(self, config: Qwen2VLAConfig):
         head = config.policy_head_config
@@ -132,8 +134,16 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         image, video = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         return image.int() + 2 * video.int()
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, images: list[Tensor]) -> Tensor:
-        """What `self.model` computes, hidden states (B, L, D), without a question to the device."""
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        images: list[Tensor],
+        store: Callable | None = None,
+    ) -> Tensor:
+        """What `self.model` computes, hidden states (B, L, D), without a question to the device. Every row's real
+        tokens come first, what follows them means nothing; `store` as in `encode_tokens`."""
         order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (B, L), real tokens first
         input_ids, position_ids = input_ids.gather(1, order), position_ids.gather(2, order.expand(3, -1, -1))
         embeddings = self.get_input_embeddings()(input_ids)  # (B, L, D)
@@ -142,9 +152,7 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
         # their places in order; a mask as index would make the host wait for their number, which is known
         places = is_picture.flatten().byte().argsort(descending=True, stable=True)[: len(pictures)]
         embeddings = embeddings.flatten(0, 1).index_copy(0, places, pictures).view_as(embeddings)
-        hidden_states = encode_tokens(self.model.language_model, embeddings, position_ids)
-        back = order.argsort(dim=1)[..., None].expand_as(hidden_states)
-        return hidden_states.gather(1, back)
+        return encode_tokens(self.model.language_model, embeddings, position_ids, store)
 
     def fuse(self, hidden_states: Tensor, prompt: Tensor, answer: Tensor) -> Tensor:
         """Hidden states (B, L, D) and the masks (B, L) of prompt and answer -> condition (B, 1, D) of the head."""
@@ -210,7 +218,10 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
                 **kwargs,
             )
         if fast:
-            hidden_states = self._encode(input_ids, attention_mask, position_ids, images)  # (B, L, D)
+            hidden_states = self.encode(input_ids, attention_mask, position_ids, images)  # (B, L, D)
+            # back to the batch's order: padding, prompt, answer
+            places = attention_mask.cumsum(dim=1) - 1  # (B, L)
+            hidden_states = hidden_states.gather(1, places.clamp(min=0)[..., None].expand_as(hidden_states))
         else:
             hidden_states = self.model(
                 input_ids=input_ids,
@@ -244,99 +255,6 @@ class Qwen2VLForConditionalGenerationForVLA(Qwen2VLForConditionalGeneration):
             logits=logits,
             condition=condition,
         )
-
-    @torch.no_grad()
-    def predict_action(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        states: Tensor | None = None,
-        tokenizer=None,
-        max_new_tokens: int = 256,
-        mm_token_type_ids: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        images: list[Tensor] | None = None,
-    ) -> tuple[Tensor, list[str]]:
-        """Writes the sub-step reasoning (greedy), then draws an action chunk.
-
-        Args:
-            input_ids, attention_mask: (B, L) prompts, left-padded. states: (B, S) normalised qpos.
-            pixel_values, image_grid_thw and so on: as for `forward`; `images` instead of the pixel values too.
-            tokenizer: decides where the reasoning ends (`<|im_end|>`) and decodes it.
-
-        Returns:
-            actions (B, T, A), normalised, fp32; the B texts without special tokens (empty in TinyVLA mode).
-        """
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if images is not None:
-            pixel_values, pixel_values_videos = image_or_video_patches(images)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pixel_values": pixel_values,
-            "pixel_values_videos": pixel_values_videos,
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            "mm_token_type_ids": self._token_types(input_ids, mm_token_type_ids),
-        }
-        prompt = attention_mask.bool()  # (B, L)
-        if self.config.is_tinyvla:
-            hidden_states = self.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
-            condition = self.fuse(hidden_states, prompt, torch.zeros_like(prompt))
-            return self.policy_head.sample(condition, states), [""] * len(input_ids)
-
-        hidden_states, generated, ended = self._write_reasoning(inputs, tokenizer, max_new_tokens)
-        # A token's hidden state exists once it has been fed back, so the last one of a row, <|im_end|>, has none.
-        # An answer that is <|im_end|> alone keeps it: that is all the answer such a model was trained on.
-        answer = ended.cumsum(dim=1) == 0  # (B, N) tokens before the end
-        answer[:, 0] = True
-        answer = answer[:, : hidden_states.shape[1] - input_ids.shape[1]]
-        nothing_answered, nothing_asked = torch.zeros_like(prompt), torch.zeros_like(answer)
-        condition = self.fuse(
-            hidden_states, torch.cat([prompt, nothing_asked], dim=1), torch.cat([nothing_answered, answer], dim=1)
-        )  # (B, 1, D)
-        actions = self.policy_head.sample(condition, states)
-        return actions, tokenizer.batch_decode(generated, skip_special_tokens=True)
-
-    evaluate = predict_action
-
-    def _write_reasoning(self, inputs: dict, tokenizer, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy decoding that keeps the hidden states it computes anyway.
-
-        Returns:
-            hidden_states (B, L + N', D) of the prompt and of every token that was fed back; generated ids (B, N);
-            ended (B, N) bool, True at `<|im_end|>`.
-        """
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        states = []
-        hook = self.model.register_forward_hook(lambda _, __, out: states.append(out.last_hidden_state))
-        try:
-            out = self.generate(
-                **inputs,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=end,
-                    pad_token_id=tokenizer.pad_token_id,
-                    return_dict_in_generate=True,
-                ),
-            )
-            generated = out.sequences[:, inputs["input_ids"].shape[1] :]  # (B, N)
-            if generated.shape[1] == 1:  # nothing was fed back yet: one more step yields the state of the only token
-                mask = F.pad(inputs["attention_mask"], (0, 1), value=1)  # (B, L + 1)
-                position = mask.sum(dim=1, keepdim=True) - 1 + self.model.rope_deltas.to(mask.device)  # (B, 1)
-                self.model(
-                    input_ids=generated,
-                    attention_mask=mask,
-                    position_ids=position[None].expand(3, -1, -1),
-                    past_key_values=out.past_key_values,
-                )
-        finally:
-            hook.remove()
-        return torch.cat(states, dim=1), generated, generated == end
 
 
 # Old key names (`visual.*`, `model.layers.*`) are renamed by class name, and not for subclasses, so say it again.

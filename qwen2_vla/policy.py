@@ -1,109 +1,272 @@
 """A checkpoint folder -> robot observations in, un-normalised action chunks out."""
 
 import os
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
 import torch
 
-from data_utils import center_crop, load_stats, normalize_state, unnormalize_action
+from data_utils import (
+    Qwen2VLADataCollatorForSupervisedDataset,
+    center_crop,
+    load_robot_stats,
+    normalize_action,
+    normalize_state,
+    unnormalize_action,
+)
 from data_utils.errors import UserError
 
 from .loading import load_model, load_processor
 from .modeling_qwen2_vla import Qwen2VLForConditionalGenerationForVLA
-from .processing_qwen2_vla import Qwen2VLAProcess
+from .processing_qwen2_vla import ANSWER_MARK, END, Qwen2VLAProcess
+
+TOKEN_STEP = 32  # prompts are padded to a multiple of it on CUDA, so that few lengths are captured
+MOST_DRAFTS = 1000
 
 
 class Qwen2VLAPolicy:
-    """Acts with a trained checkpoint. The folder alone is enough: it knows cameras, image sizes and statistics."""
+    """Acts with a trained checkpoint. The folder alone is enough: it knows cameras, image sizes and statistics.
 
-    def __init__(self, model: Qwen2VLForConditionalGenerationForVLA, process: Qwen2VLAProcess, stats: dict):
+    Args:
+        stats: per robot, `dataset_stats.json`. The policy acts for one of them at a time: `unnorm_key`.
+
+    Attributes: camera_names; chunk_size T, action_dim A, state_dim S; history, frames per camera; delta_control,
+    whether actions are differences; use_reasoning; unnorm_keys, the robots it was trained on.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VLForConditionalGenerationForVLA,
+        process: Qwen2VLAProcess,
+        stats: dict[str, dict[str, np.ndarray]],
+    ):
+        head, data = model.config.policy_head_config, model.config.data_config
         self.model = model.eval()
         self.process = process
-        self.stats = stats
-        self.image_size = tuple(model.config.data_config["image_size_stable"])
-        self.history = model.config.data_config.get("history_images_length", 1)
+        self.robot_stats = stats
+        self.unnorm_keys = list(stats)
+        self.camera_names = process.camera_names
+        self.image_size = tuple(data["image_size_stable"])
+        self.history = data.get("history_images_length", 1)
+        self.delta_control = data["delta_control"]
+        self.use_reasoning = data["use_reasoning"]
+        self.chunk_size, self.action_dim, self.state_dim = head.prediction_horizon, head.input_dim, head.state_dim
+        self.collate = Qwen2VLADataCollatorForSupervisedDataset(
+            process.tokenizer.pad_token_id, TOKEN_STEP if model.device.type == "cuda" else 1
+        )
+        self._drafts: dict[str, str] = {}  # instruction -> what was written to it last
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, device: str | torch.device | None = None, *, ema: bool = False
+        cls,
+        folder: str,
+        device: str | torch.device | None = None,
+        *,
+        ema: bool = False,
+        bits: int = 16,
+        base: str | None = None,
     ) -> "Qwen2VLAPolicy":
-        """Loads a checkpoint folder written by training. `device` defaults to the accelerator, else the CPU.
+        """Loads a checkpoint folder written by training: full, merged, or LoRA adapters (merged while loading).
 
-        With `ema` it acts with the averaged weights, if it was trained with `--using_ema True`.
+        Args:
+            device: defaults to the accelerator, else the CPU.
+            ema: act with the averaged weights of training with `--using_ema True`.
+            bits: 4 or 8 quantises the backbone's Linear layers. base: the adapters' base model, if it has moved.
 
         Raises:
             UserError: when the folder lacks what acting needs.
         """
-        if not os.path.isfile(os.path.join(folder, "dataset_stats.json")):
-            raise UserError(f"checkpoint {folder}: expected dataset_stats.json, written by training, found none")
+        if not os.path.isdir(folder):
+            raise UserError(f"checkpoint: expected a folder, found none at {folder}")
+        stats = load_robot_stats(folder)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(device or accelerator)
-        model = load_model(folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16, ema=ema).to(device)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = load_model(folder, dtype=dtype, ema=ema, bits=bits, compute_dtype=dtype, device=device, base=base)
+        model = model.to(device) if bits == 16 else model  # a quantised model is where it was loaded to
         data = model.config.data_config
         if not data:
             raise UserError(
                 f"checkpoint {folder}: expected data_config (cameras, image sizes) in config.json, found none"
             )
         process = Qwen2VLAProcess(
-            load_processor(folder),
+            load_processor(folder, base),
             data["camera_names"],
             image_size_wrist=tuple(data["image_size_wrist"]),
             use_reasoning=data["use_reasoning"],
         )
-        return cls(model, process, load_stats(folder))
+        return cls(model, process, stats)
 
-    def predict(self, observation: dict, instruction: str, max_new_tokens: int = 256) -> tuple[np.ndarray, str]:
-        """One observation -> what to do next.
+    @property
+    def stats(self) -> dict[str, np.ndarray]:
+        """Statistics of the robot, if there is one only."""
+        return self._stats(None)
+
+    def metadata(self) -> dict:
+        """What a client has to know, as JSON has it."""
+        return {
+            "camera_names": self.camera_names,
+            "image_size": list(self.image_size),
+            "state_dim": self.state_dim,
+            "action_dim": self.action_dim,
+            "chunk_size": self.chunk_size,
+            "history_images_length": self.history,
+            "delta_control": self.delta_control,
+            "use_reasoning": self.use_reasoning,
+            "unnorm_keys": self.unnorm_keys,
+        }
+
+    def check(self, observation: Mapping, field: str = "observation"):
+        """Raises UserError that names what is wrong with an observation, see `predict`."""
+        for key in ("images", "qpos"):
+            if not isinstance(observation, Mapping) or key not in observation:
+                raise UserError(f"{field}: expected images and qpos, found no {key}")
+        images, qpos = observation["images"], np.asarray(observation["qpos"])
+        if qpos.shape != (self.state_dim,) or qpos.dtype.kind not in "fiu":
+            raise UserError(f"{field}: qpos: expected shape ({self.state_dim},), found {qpos.shape} of {qpos.dtype}")
+        if not np.isfinite(qpos).all():
+            at = int(np.flatnonzero(~np.isfinite(qpos))[0])
+            raise UserError(f"{field}: qpos[{at}]: expected finite numbers, found {qpos[at]}")
+        missing = [name for name in self.camera_names if name not in images]
+        if missing:
+            found = ", ".join(map(str, images)) or "none"
+            raise UserError(
+                f"{field}: images: expected cameras {', '.join(self.camera_names)}, missing {', '.join(missing)}, "
+                f"found {found}"
+            )
+        expected = "(height, width, 3)" if self.history == 1 else f"({self.history}, height, width, 3)"
+        for name in self.camera_names:
+            image = np.asarray(images[name])
+            shape = image.shape if self.history > 1 else (1, *image.shape)
+            if len(shape) != 4 or shape[0] != self.history or shape[3] != 3 or 0 in shape or image.dtype != np.uint8:
+                raise UserError(
+                    f"{field}: images[{name!r}]: expected {expected} of uint8, found {image.shape} of {image.dtype}"
+                )
+
+    def predict(
+        self,
+        observation: Mapping | list[Mapping],
+        instruction: str | list[str],
+        max_new_tokens: int = 256,
+        *,
+        unnorm_key: str | list[str | None] | None = None,
+        reasoning: str | list[str | None] | None = None,
+        prefix: np.ndarray | list[np.ndarray | None] | None = None,
+        frozen: int | list[int] = 0,
+        noise: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, str] | tuple[np.ndarray, list[str]]:
+        """One observation, or a list of B -> what to do next.
 
         Args:
             observation: `{"images": {camera: (H, W, 3) uint8 RGB}, "qpos": (S,)}` in the robot's units. A policy
                 trained with `--history_images_length` F > 1 takes (F, H, W, 3), the current frame last.
-            instruction: the task in words.
+            instruction: the task in words. For B observations, this and what follows is one for all or a list of B.
+            unnorm_key: which robot it is, for a checkpoint trained on several.
+            reasoning: a sub-step taken as it is instead of being written, which saves the decoding; "" for none.
+            prefix: (n, A) actions in the robot's units, n <= T: what the chunk should begin with, usually the rest of
+                the one being executed. The first `frozen` of them are kept exactly, the others with decreasing weight.
+            noise: (T, A) or (B, T, A), standard normal: what the chunk is denoised from; drawn if None.
 
         Returns:
-            actions (T, A) float32 in the robot's units (differences, if trained with delta_control); the reasoning.
+            actions (T, A) float32 in the robot's units (differences, if trained with delta_control) and the reasoning;
+            for a list (B, T, A) and the B texts.
 
         Raises:
-            UserError: naming a missing camera or a wrong shape.
+            UserError: naming the field of an observation that is missing or has a wrong shape.
         """
-        images, qpos = observation["images"], np.asarray(observation["qpos"], dtype=np.float32)
-        missing = [name for name in self.process.camera_names if name not in images]
-        if missing:
-            raise UserError(
-                f"observation: expected cameras {', '.join(self.process.camera_names)}, missing {', '.join(missing)}"
-            )
-        if qpos.shape != self.stats["qpos_mean"].shape:
-            raise UserError(f"observation: qpos: expected shape {self.stats['qpos_mean'].shape}, found {qpos.shape}")
-        inputs = self.process(
-            {
-                "images": [self._prepare(name, np.asarray(images[name])) for name in self.process.camera_names],
-                "state": torch.from_numpy(normalize_state(qpos, self.stats)),
-                "raw_lang": instruction,
-            }
+        if isinstance(observation, Mapping):
+            noise = None if noise is None else np.asarray(noise)[None]
+            actions, texts = self.predict(
+                [observation], [instruction], max_new_tokens, unnorm_key=[unnorm_key], reasoning=[reasoning],
+                prefix=[prefix], frozen=[frozen], noise=noise,
+            )  # fmt: skip
+            return actions[0], texts[0]
+        batch = len(observation)
+        instructions, keys, reasonings, prefixes, frozen = (
+            value if isinstance(value, list) else [value] * batch
+            for value in (instruction, unnorm_key, reasoning, prefix, frozen)
         )
-        device = self.model.device
-        grid = "video_grid_thw" if self.history > 1 else "image_grid_thw"
+        for i, one in enumerate(observation):
+            self.check(one, "observation" if batch == 1 else f"observation {i}")
+        stats = [self._stats(key) for key in keys]
+        inputs = self._inputs(observation, instructions, stats)
+        known, weights = self._known(prefixes, frozen, stats)
         actions, texts = self.model.predict_action(
-            input_ids=inputs["input_ids"][None].to(device),
-            mm_token_type_ids=inputs["mm_token_type_ids"][None].to(device),
-            images=[image[None].to(device) for image in inputs["images"]],
-            states=inputs["state"][None].to(device),
+            **inputs,
             tokenizer=self.process.tokenizer,
             max_new_tokens=max_new_tokens,
-            **{grid: inputs[grid].to(device)},
+            answers=[None if text is None else self._answer(text) for text in reasonings],
+            drafts=[self._drafts.get(text, "") for text in instructions],
+            noise=None if noise is None else self._on_device(noise),
+            known=known,
+            known_weights=weights,
         )
-        return unnormalize_action(actions[0].cpu().numpy(), self.stats), texts[0].removesuffix("Next action:")
+        actions = actions.cpu().numpy()
+        if len(self._drafts) > MOST_DRAFTS:
+            self._drafts.clear()
+        self._drafts.update(zip(instructions, texts))
+        texts = [text.removesuffix(ANSWER_MARK).removesuffix(END) for text in texts]
+        return np.stack([unnormalize_action(rows, one) for rows, one in zip(actions, stats)]), texts
 
-    def _prepare(self, camera: str, image: np.ndarray) -> torch.Tensor:
-        """(H, W, 3), or (F, H, W, 3) with history -> (F, 3, h, w) uint8, as the validation set sees it."""
-        frames = image[None] if image.ndim == 3 else image
-        if frames.ndim != 4 or len(frames) != self.history or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            raise UserError(
-                f"observation: images[{camera!r}]: expected {self.history} frames (H, W, 3) of uint8, found "
-                f"{image.shape} of {image.dtype}"
+    def _answer(self, reasoning: str) -> str:
+        """As in training, without the end that follows; but a model trained without reasoning saw nothing else."""
+        return f"{reasoning}{ANSWER_MARK}" if self.use_reasoning else END
+
+    def _stats(self, unnorm_key: str | None) -> dict[str, np.ndarray]:
+        if unnorm_key is None and len(self.robot_stats) == 1:
+            return next(iter(self.robot_stats.values()))
+        if unnorm_key not in self.robot_stats:
+            raise UserError(f"unnorm_key: expected one of {', '.join(self.unnorm_keys)}, found {unnorm_key}")
+        return self.robot_stats[unnorm_key]
+
+    def _inputs(self, observations: list[Mapping], instructions: list[str], stats: list[dict]) -> dict:
+        items = [
+            self.process(
+                {
+                    "images": [self._prepare(np.asarray(one["images"][name])) for name in self.camera_names],
+                    "state": torch.from_numpy(normalize_state(np.asarray(one["qpos"], np.float32), its_stats)),
+                    "raw_lang": text,
+                }
             )
-        frames = [cv2.resize(frame, self.image_size) for frame in frames]
+            for one, text, its_stats in zip(observations, instructions, stats, strict=True)
+        ]
+        device = self.model.device
+        batch = self.collate(items)
+        images = [image.to(device, non_blocking=True) for image in batch.pop("images")]
+        return {key: value.to(device, non_blocking=True) for key, value in batch.items()} | {"images": images}
+
+    def _prepare(self, image: np.ndarray) -> torch.Tensor:
+        """(H, W, 3), or (F, H, W, 3) with history -> (F, 3, h, w) uint8, as the validation set sees it."""
+        frames = [cv2.resize(frame, self.image_size) for frame in (image[None] if image.ndim == 3 else image)]
         if self.model.config.data_config.get("augment", True):
             frames = [center_crop(frame) for frame in frames]
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+    def _known(
+        self, prefixes: list[np.ndarray | None], frozen: list[int], stats: list[dict]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is to be inpainted, (B, T, A) normalised, and with which weights (B, T)."""
+        if all(prefix is None for prefix in prefixes):
+            return None, None
+        known = np.zeros((len(prefixes), self.chunk_size, self.action_dim), np.float32)
+        weights = np.zeros(known.shape[:2], np.float32)
+        for i, (prefix, fixed, its_stats) in enumerate(zip(prefixes, frozen, stats, strict=True)):
+            if prefix is None:
+                continue
+            prefix = np.asarray(prefix, np.float32)
+            count = len(prefix) if prefix.ndim == 2 else -1
+            if not 0 <= count <= self.chunk_size or prefix.shape[1] != self.action_dim or not np.isfinite(prefix).all():
+                raise UserError(
+                    f"prefix: expected finite numbers (n, {self.action_dim}), n at most {self.chunk_size}, found "
+                    f"shape {prefix.shape}"
+                )
+            if not 0 <= fixed <= count:
+                raise UserError(f"frozen: expected 0 to {count}, the length of prefix, found {fixed}")
+            known[i, :count] = normalize_action(prefix, its_stats)
+            weights[i, :fixed] = 1
+            weights[i, fixed:count] = np.linspace(1, 0, count - fixed + 2)[1:-1]
+        return self._on_device(known), self._on_device(weights)
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.model.device)

@@ -4,6 +4,8 @@ transformers looks on the device whether a batch has padding, masks it out and s
 Here real tokens come first in every row: then causal attention alone keeps them from seeing any padding.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
 class BatchAttention(Qwen2VLAttention):
     """Takes all tokens of a batch as rows, too: (B * L, D), with position embeddings (B, 1, L, head_dim)."""
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, **kwargs):
+    def forward(self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, store=None, **kwargs):
         if hidden_states.ndim == 3:
             return super().forward(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
@@ -56,12 +58,12 @@ class BatchAttention(Qwen2VLAttention):
         shape = (cos.shape[0], cos.shape[2], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)  # (B, heads, L, d)
+        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+        if store is not None:
+            k, v, mask = store(self.layer_idx, k, v)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.attention_dropout if self.training else 0.0
-        output, _ = attend(
-            self, rotate(q, cos, sin), rotate(k, cos, sin), v, attention_mask=None, dropout=dropout,
-            scaling=self.scaling,
-        )  # fmt: skip
+        output, _ = attend(self, q, k, v, attention_mask=mask, dropout=dropout, scaling=self.scaling)
         return self.o_proj(output.reshape(len(hidden_states), -1)), None
 
 
@@ -79,12 +81,17 @@ def can_encode(model: Qwen2VLTextModel) -> bool:
     return model.config._attn_implementation != "eager" and not model.has_sliding_layers
 
 
-def encode_tokens(model: Qwen2VLTextModel, embeddings: Tensor, position_ids: Tensor) -> Tensor:
+def encode_tokens(
+    model: Qwen2VLTextModel, embeddings: Tensor, position_ids: Tensor, store: Callable | None = None
+) -> Tensor:
     """Embeddings (B, L, D) and positions (3, B, L) of rows that begin with their real tokens -> hidden states
-    (B, L, D) after the final norm; those of padding mean nothing."""
+    (B, L, D) after the final norm; those of padding mean nothing.
+
+    `store` takes a layer's index, keys and values (B, heads, L, d), and returns those to attend to, and a mask.
+    """
     cos, sin = model.rotary_emb(embeddings, position_ids)  # (B, L, head_dim)
     position_embeddings = cos[:, None], with_signs(sin)[:, None]
     hidden_states = embeddings.flatten(0, 1)  # (B * L, D)
     for layer in model.layers:
-        hidden_states = layer(hidden_states, position_embeddings=position_embeddings, use_cache=False)
+        hidden_states = layer(hidden_states, position_embeddings=position_embeddings, use_cache=False, store=store)
     return model.norm(hidden_states).view_as(embeddings)

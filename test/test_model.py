@@ -130,7 +130,7 @@ def end_after(model, tokenizer, steps: list[int]):
 def test_a_batch_acts_as_its_rows_do_alone(model, tokenizer, monkeypatch, steps):
     """Left padding, and rows whose reasonings end at different times, change no row's result."""
     model.eval()
-    monkeypatch.setattr(model.policy_head, "sample", lambda condition, states: condition)
+    monkeypatch.setattr(model.policy_head, "denoise", lambda noise, condition, states: condition)
     single = eval_inputs()
     shorter, longer = (pad_left(single, 7, tokenizer.pad_token_id) for _ in range(2))
     longer["attention_mask"][:, :7] = 1  # another prompt: seven more tokens
@@ -154,7 +154,7 @@ def test_immediate_end_is_conditioned_as_in_training(model, tokenizer):
     end_after(model, tokenizer, [1])
     inputs = eval_inputs()
     seen = []
-    model.policy_head.sample = lambda condition, states: seen.append(condition) or states
+    model.policy_head.denoise = lambda noise, condition, states: seen.append(condition) or noise
     model.predict_action(**inputs, tokenizer=tokenizer, max_new_tokens=8)
     end = torch.tensor([[tokenizer.convert_tokens_to_ids("<|im_end|>")]])
     ids = torch.cat([inputs["input_ids"], end], dim=1)
