@@ -112,7 +112,7 @@ class ActingMixin:
         answers = answers or [None] * batch
         given = [answer is not None for answer in answers]
         texts = [draft if answer is None else answer for answer, draft in zip(answers, drafts or [""] * batch)]
-        tokens = [tokenizer(text).input_ids for text in texts]
+        tokens = _tokenize(tokenizer, texts)
         tokens = [ids if is_given else ids[: max_new_tokens - 1] for ids, is_given in zip(tokens, given)]
         longest = _round_up(max(map(len, tokens)), DRAFT_STEP)
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens], dtype=torch.long).view(
@@ -227,6 +227,10 @@ def _side_by_side(prompt: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
         torch.cat([prompt, torch.zeros_like(answer)], dim=1),
         torch.cat([torch.zeros_like(prompt), answer], dim=1),
     )
+
+
+def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    return [tokenizer(text).input_ids for text in texts]
 
 
 def _round_up(number: int, step: int) -> int:

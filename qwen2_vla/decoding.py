@@ -99,8 +99,8 @@ class ReasoningWriter:
         length, most = input_ids.shape[1], drafts.shape[1]
         self.asked.copy_(attention_mask.sum(dim=1))
         start = position_ids.amax(dim=(0, 2)) + 1  # (B,), position of the first answer token
-        self.hidden.zero_()
-        self.states.zero_()
+        for kept in (self.cache.keys, self.cache.values, self.hidden, self.states):
+            kept.zero_()  # a NaN of the last query would get past any mask
         steps = torch.arange(most, device=drafts.device)
         in_draft = steps < draft_lengths[:, None]  # (B, n)
         hidden = self.model.encode(

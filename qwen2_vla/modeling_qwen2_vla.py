@@ -1,5 +1,6 @@
 """DexVLA as a small difference to transformers' Qwen2-VL (DexVLA: arXiv 2502.05855)."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import ModelOutput, logging
 
+from data_utils.normalization import STATS_JSON, load_robot_stats
 from policy_heads.diffusion import ZeroLinear
 
 from .acting import ActingMixin
@@ -114,6 +116,8 @@ class Qwen2VLForConditionalGenerationForVLA(ActingMixin, Qwen2VLForConditionalGe
                     f"{pretrained_model_name_or_path} does not fit this model: {len(names)} weights are {what}: "
                     f"{', '.join(sorted(names)[:5])}"
                 )
+        if os.path.isfile(os.path.join(pretrained_model_name_or_path, STATS_JSON)):
+            model.norm_stats = load_robot_stats(pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs):
