@@ -10,6 +10,7 @@ Models, rewards and start positions are gym-aloha's own; a seed gives the same s
 """
 
 import ctypes
+import importlib.util
 import os
 import sys
 
@@ -49,6 +50,10 @@ def choose_gl_backend():
 GL_BACKEND = choose_gl_backend()
 if GL_BACKEND != "auto":
     os.environ["MUJOCO_GL"] = GL_BACKEND  # dm_control reads it once, when it is imported
+
+# Mesa's software renderer and Triton, a part of PyTorch, both bring an LLVM; loaded after Mesa's, Triton's crashes
+if importlib.util.find_spec("triton"):
+    import triton  # noqa: F401
 
 import numpy as np  # noqa: E402
 
@@ -179,7 +184,8 @@ class AlohaSimulation:
         """{camera: (height, width, 3) uint8, RGB} as seen now, with size = (width, height) in pixels."""
         if GL_BACKEND == "off":
             raise RenderingError(GL_MISSING.format(backend=GL_BACKEND))
-        return {name: self._camera(name, *size).render() for name in camera_names}
+        # copied: a camera renders into the same memory every time
+        return {name: self._camera(name, *size).render().copy() for name in camera_names}
 
     def close(self):
         """Frees the renderer."""
