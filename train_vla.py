@@ -16,8 +16,9 @@ from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aloha_scripts.constants import TASK_CONFIGS
-from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_stats
+from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_robot_stats
 from data_utils.collator import IGNORE_INDEX
+from data_utils.normalization import by_robot
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer
 from qwen2_vla.adapters import ADAPTER_CONFIG, add_lora, halve_frozen
 from qwen2_vla.arguments import (
@@ -129,6 +130,7 @@ def get_task(name: str | None) -> dict:
     for key, fine, expected in (
         ("dataset_dir", folders and all(isinstance(d, str | os.PathLike) for d in as_list(folders)), "folders"),
         ("camera_names", isinstance(task["camera_names"], list | tuple) and task["camera_names"], "a list of names"),
+        ("stats_dir", are_stats_folders(task.get("stats_dir")), "folders, or a dict robot -> folders"),
         ("train_ratio", isinstance(task.get("train_ratio", 1), int | float) and 0 < task.get("train_ratio", 1) <= 1,
          "a number in (0, 1]"),
         ("sample_weights", task.get("sample_weights") is None or isinstance(task["sample_weights"], list | tuple),
@@ -140,6 +142,13 @@ def get_task(name: str | None) -> dict:
         if not fine:
             raise UserError(f"TASK_CONFIGS[{name!r}]: {key}: expected {expected}, found {task[key]!r}")
     return task
+
+
+def are_stats_folders(value) -> bool:
+    by_robot = value if isinstance(value, dict) else {"one": value}
+    folders = [folder for folders in by_robot.values() for folder in as_list(folders)]
+    named = all(isinstance(robot, str) and robot for robot in by_robot)
+    return value is None or bool(folders) and named and all(isinstance(d, str | os.PathLike) for d in folders)
 
 
 def as_list(value) -> list:
@@ -239,6 +248,7 @@ def prepare_config(
     training_args: TrainingArguments,
     head_args: ActionHeadArguments,
 ) -> Qwen2VLAConfig:
+    robot_stats = next(iter(by_robot(stats).values()))  # their dimensions are the same
     return build_config(
         folder,
         head_type=head_args.policy_head_type,
@@ -247,8 +257,8 @@ def prepare_config(
         width=head_args.policy_head_width,
         num_heads=head_args.policy_head_heads,
         chunk_size=data_args.chunk_size,
-        action_dim=len(stats["action_mean"]),
-        state_dim=len(stats["qpos_mean"]),
+        action_dim=len(robot_stats["action_mean"]),
+        state_dim=len(robot_stats["qpos_mean"]),
         noise_samples=head_args.noise_samples,
         is_tinyvla=model_args.is_tinyvla,
         using_film=model_args.using_film,
@@ -281,8 +291,12 @@ def check_same_run(checkpoint: str | None, config: Qwen2VLAConfig, stats: dict, 
     had_lora = os.path.isfile(os.path.join(checkpoint, ADAPTER_CONFIG))
     if had_lora != lora:
         differences.append(f"LoRA {had_lora} (asked for: {lora}, --lora_enable)")
-    kept = load_stats(checkpoint)
-    if any(key in kept and not np.array_equal(kept[key], stats[key]) for key in stats):
+    kept, robots = load_robot_stats(checkpoint), by_robot(stats)
+    if kept.keys() != robots.keys() or any(
+        key in kept[robot] and not np.array_equal(kept[robot][key], its_stats[key])
+        for robot, its_stats in robots.items()
+        for key in its_stats
+    ):
         differences.append("statistics of other episodes (dataset_stats.json)")
     if differences:
         raise UserError(f"--resume_from_checkpoint: {checkpoint} is another run's: {', '.join(differences)}")

@@ -14,6 +14,8 @@ DATA_DIR = os.environ.get("DEXVLA_DATA_DIR") or str(Path(__file__).resolve().par
 #   camera_map      optional, dict: name in camera_names -> name in the files, or list of them, where they differ.
 #   stats_dir       optional, str or list of str: folders whose episodes give the normalisation statistics. Default:
 #                   dataset_dir. Name one folder here to train on several datasets with the statistics of the first.
+#                   Or a dict, robot -> folder or list of them, to train on several robots: each has statistics of its
+#                   own, and every dataset_dir must be one of the folders of one robot, or lie in one.
 #   sample_weights  optional, list of float, one per dataset_dir: how often each folder is drawn. Default: by its size.
 #   train_ratio     optional, float in (0, 1]: share of the first folder's episodes used for training; the others, if
 #                   any, are for validation. All other folders are training data. Default: 0.999.

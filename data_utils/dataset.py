@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from .doctor.checks import print_fast_findings
 from .episodes import Episode, OpenFiles, find_episodes, open_episode, stored_camera
 from .errors import DatasetError
 from .index import check_episodes, summarize_all
-from .normalization import Moments, make_norm_stats, normalize_action, normalize_state
+from .normalization import Moments, by_robot, make_norm_stats, normalize_action, normalize_state
 from .summary import EpisodeSummary
 
 SPLIT_SEED = 1  # the reference splits after seeding numpy with 1
@@ -34,7 +35,8 @@ class EpisodicDataset(Dataset):
         episode_paths: HDF5 files, layout in README.md, or episodes of LeRobot datasets (`<folder>/episode_000012`).
         camera_names: K cameras, in the order the model sees them. camera_map: their names in the files, where they
             differ: name -> name or list of names.
-        norm_stats: what `get_norm_stats` returns. image_size_stable: (width, height) every frame is resized to.
+        norm_stats: what `get_norm_stats` returns; or robot -> that, with `robots`, the robot of every episode.
+        image_size_stable: (width, height) every frame is resized to.
         delta_control: actions become differences to the next row; the last real row becomes 0.
         augment: random crop, rotation and colours, one draw per item. center_crop: the middle 95 % instead, which is
             what a policy trained with augmentation sees when it acts.
@@ -47,9 +49,10 @@ class EpisodicDataset(Dataset):
         self,
         episode_paths: list[str],
         camera_names: list[str],
-        norm_stats: dict[str, np.ndarray],
+        norm_stats: dict,
         chunk_size: int,
         *,
+        robots: list[str] | None = None,
         image_size_stable: tuple[int, int] = (320, 240),
         use_reasoning: bool = True,
         delta_control: bool = False,
@@ -62,7 +65,11 @@ class EpisodicDataset(Dataset):
     ):
         self.episode_paths = [str(path) for path in episode_paths]
         self.camera_names = list(camera_names)
-        self.norm_stats = {key: np.asarray(value) for key, value in norm_stats.items() if key != "example_qpos"}
+        self.robot_stats = {
+            robot: {key: np.asarray(value) for key, value in stats.items() if key != "example_qpos"}
+            for robot, stats in by_robot(norm_stats).items()
+        }
+        self.robots = dict(zip(self.episode_paths, robots, strict=True)) if robots else {}
         self.chunk_size = chunk_size
         self.image_size = tuple(image_size_stable)
         self.use_reasoning = use_reasoning
@@ -103,11 +110,12 @@ class EpisodicDataset(Dataset):
             raise IndexError(f"item {index} of {len(self)}")
         path, t = self.locate(index % len(self))
         episode = self.episodes[path]
+        stats = self.robot_stats[self.robots[path]] if self.robots else next(iter(self.robot_stats.values()))
         action, is_pad = self._action_chunk(episode.action, t, episode.sim)
         item = {
             "images": self._images(episode, t, draw),
-            "state": torch.from_numpy(normalize_state(episode.qpos[t], self.norm_stats)),
-            "action": torch.from_numpy(normalize_action(action, self.norm_stats)),
+            "state": torch.from_numpy(normalize_state(episode.qpos[t], stats)),
+            "action": torch.from_numpy(normalize_action(action, stats)),
             "is_pad": torch.from_numpy(is_pad),
             "raw_lang": episode.instruction(t),
             "reasoning": episode.reasoning(t) or "" if self.use_reasoning else "",
@@ -186,13 +194,46 @@ class SamplingPlan:
     episode_first: bool = False
 
 
+def as_folders(folders: str | os.PathLike | Iterable[str]) -> list[str]:
+    return [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+
+
+def folders_of_robots(stats_dir: str | list[str] | dict | None, dataset_dirs: list[str]) -> dict[str, list[str]]:
+    """Robot -> the folders that its statistics are made of; one without a name, "", if `stats_dir` names none."""
+    by_name = stats_dir if isinstance(stats_dir, dict) else {"": stats_dir or dataset_dirs}
+    return {robot: as_folders(folders) for robot, folders in by_name.items()}
+
+
+def robots_of(robot_dirs: dict[str, list[str]], dataset_dirs: list[str]) -> list[str]:
+    """The robot of every dataset_dir: one of its folders is that directory, or holds it.
+
+    Raises:
+        DatasetError: when that is not so of exactly one robot, or a robot has no dataset_dir.
+    """
+    known = "; ".join(f"{robot}: {', '.join(map(str, folders))}" for robot, folders in robot_dirs.items())
+    robots = []
+    for folder in dataset_dirs:
+        real = Path(folder).resolve()
+        found = [r for r, its in robot_dirs.items() if any(real.is_relative_to(Path(own).resolve()) for own in its)]
+        if len(found) != 1:
+            raise DatasetError(
+                f"dataset_dir {folder}: expected it in the stats_dir of one robot ({known}), found it in those of "
+                f"{' and '.join(found) or 'none'}"
+            )
+        robots += found
+    for robot in robot_dirs:
+        if robot not in robots:
+            raise DatasetError(f"stats_dir: {robot}: expected a dataset_dir in its folders, found none ({known})")
+    return robots
+
+
 def load_data(
     dataset_dir: str | list[str],
     name_filter: Callable[[str], bool] | None,
     camera_names: list[str],
     chunk_size: int,
     *,
-    stats_dir: str | list[str] | None = None,
+    stats_dir: str | list[str] | dict[str, str | list[str]] | None = None,
     sample_weights: list[float] | None = None,
     train_ratio: float = 0.999,
     episode_first: bool = False,
@@ -204,23 +245,27 @@ def load_data(
     camera_map: dict[str, str | list[str]] | None = None,
     show_progress: bool = True,
     **dataset_options,
-) -> tuple[EpisodicDataset, EpisodicDataset | None, dict[str, np.ndarray], SamplingPlan]:
+) -> tuple[EpisodicDataset, EpisodicDataset | None, dict, SamplingPlan]:
     """Finds, checks and splits the episodes of a task.
 
     The validation episodes are drawn from the first directory alone; the others are training data. `dataset_options`
-    go to `EpisodicDataset`.
+    go to `EpisodicDataset`. A `stats_dir` that maps robots to folders makes statistics of each, and every dataset_dir
+    is normalised with those of the robot whose folder it is or lies in.
 
     What was found in the episodes is kept between runs (see `summarize_all`). With `show_progress`, what looks wrong
     with them is printed; see `python -m data_utils.doctor`.
 
     Returns:
-        training set, validation set (None when the split leaves nothing for it), statistics, sampling plan.
+        training set, validation set (None when the split leaves nothing for it), statistics (by robot, if stats_dir
+        is), sampling plan.
 
     Raises:
-        DatasetError: for a missing or empty directory, a broken episode, weights that do not fit the directories.
+        DatasetError: for a missing or empty directory, a broken episode, weights that do not fit the directories, or
+            a directory that is not exactly one robot's.
     """
-    dirs = [dataset_dir] if isinstance(dataset_dir, (str, os.PathLike)) else list(dataset_dir)
-    stats_dirs = dirs if stats_dir is None else [stats_dir] if isinstance(stats_dir, (str, os.PathLike)) else stats_dir
+    dirs = as_folders(dataset_dir)
+    robot_dirs = folders_of_robots(stats_dir, dirs)
+    robots = robots_of(robot_dirs, dirs) if isinstance(stats_dir, dict) else None  # of every directory
     if sample_weights is not None and (
         len(sample_weights) != len(dirs) or min(sample_weights) < 0 or not sum(sample_weights)
     ):
@@ -236,7 +281,8 @@ def load_data(
             raise DatasetError(f"dataset_dir {folder}: name_filter leaves none of its {len(found)} episodes")
         return paths
 
-    paths_of = {folder: episodes_in(folder) for folder in dict.fromkeys([*dirs, *stats_dirs])}
+    every_dir = dict.fromkeys(dirs + [folder for folders in robot_dirs.values() for folder in folders])
+    paths_of = {folder: episodes_in(folder) for folder in every_dir}
     first = paths_of[dirs[0]]
     order = np.random.RandomState(SPLIT_SEED).permutation(len(first))
     num_train = max(1, int(train_ratio * len(first)))
@@ -247,28 +293,30 @@ def load_data(
     summaries: dict[str, EpisodeSummary] = {}
     for folder, paths in paths_of.items():
         summaries |= summarize_all(paths, folder, show_progress)
-    in_use = dict.fromkeys([path for path, _ in train] + validation)
-    stats_paths = dict.fromkeys(path for folder in stats_dirs for path in paths_of[folder])
+    sources = [source for _, source in train]
+    source_of = dict(train) | dict.fromkeys(validation, 0)  # of the episodes in use
     use_reasoning = dataset_options.get("use_reasoning", True)
-    check_episodes({p: summaries[p] for p in in_use}, camera_names, use_reasoning, action_dim, state_dim, camera_map)
-    if show_progress:
-        print_fast_findings([summaries[p] for p in in_use], chunk_size, camera_names, camera_map, use_reasoning)
+    check_episodes({p: summaries[p] for p in source_of}, camera_names, use_reasoning, action_dim, state_dim, camera_map)
+    for robot in robot_dirs if show_progress else []:
+        its_own = [summaries[p] for p, source in source_of.items() if robots is None or robots[source] == robot]
+        print_fast_findings(its_own, chunk_size, camera_names, camera_map, use_reasoning)
+    stats_paths = {robot: [p for folder in its for p in paths_of[folder]] for robot, its in robot_dirs.items()}
     first_summary = summaries[train[0][0]]
     check_episodes(
-        {path: summaries[path] for path in stats_paths},
+        {path: summaries[path] for paths in stats_paths.values() for path in paths},
         action_dim=first_summary.action.dim,
         state_dim=first_summary.qpos.dim,
     )
-    stats = _stats_of({path: summaries[path] for path in stats_paths})
+    stats = {robot: _stats_of({path: summaries[path] for path in paths}) for robot, paths in stats_paths.items()}
+    stats = stats if robots else next(iter(stats.values()))
 
     def dataset(paths: list[str], **images) -> EpisodicDataset:
         lengths = [summaries[path].length for path in paths]
         return EpisodicDataset(
-            paths, camera_names, stats, chunk_size,
+            paths, camera_names, stats, chunk_size, robots=[robots[source_of[path]] for path in paths] if robots else None,
             **images, transform=transform, camera_map=camera_map, episode_lengths=lengths, **dataset_options,
         )  # fmt: skip
 
     train_set = dataset([path for path, _ in train], augment=augment)
-    sources = [source for _, source in train]
     plan = SamplingPlan(train_set.episode_lengths.tolist(), sources, sample_weights, episode_first)
     return train_set, dataset(validation, center_crop=augment) if validation else None, stats, plan

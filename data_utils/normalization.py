@@ -12,6 +12,7 @@ from .errors import UserError
 STATS_JSON, STATS_PKL = "dataset_stats.json", "dataset_stats.pkl"
 MIN_STD = 1e-2  # a joint that hardly moves must not blow up
 RANGE_MARGIN = 1e-4
+KEYS = ("action_min", "action_max", "qpos_mean", "qpos_std")  # without which nothing can be un-normalised
 
 
 @dataclass
@@ -84,22 +85,32 @@ def unnormalize_state(state: np.ndarray, stats: dict) -> np.ndarray:
     return state * stats["qpos_std"] + stats["qpos_mean"]
 
 
-def save_stats(stats: dict[str, np.ndarray], folder: str | os.PathLike):
-    """Writes `dataset_stats.json`, and `dataset_stats.pkl` for evaluation scripts of the reference."""
+def by_robot(stats: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Robot -> its statistics, of both forms: those of one robot, which is then called "default", or that already."""
+    return stats if stats and all(isinstance(value, dict) for value in stats.values()) else {"default": stats}
+
+
+def save_stats(stats: dict, folder: str | os.PathLike):
+    """Writes `dataset_stats.json`, and `dataset_stats.pkl` for evaluation scripts of the reference; `stats` are those
+    of one robot, or robot -> its statistics."""
     with open(os.path.join(folder, STATS_JSON), "w") as file:
-        json.dump({key: np.asarray(value).tolist() for key, value in stats.items()}, file, indent=1)
+        json.dump(_as_lists(stats), file, indent=1)
     with open(os.path.join(folder, STATS_PKL), "wb") as file:
         pickle.dump(stats, file)
 
 
 def load_stats(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads what `save_stats` wrote; the pickle is never opened, since it could run code.
+    """Reads what `save_stats` wrote for one robot; the pickle is never opened, since it could run code.
 
     Raises:
-        FileNotFoundError: when the folder has no `dataset_stats.json`.
+        FileNotFoundError: when the folder has no `dataset_stats.json`. UserError: when it holds several robots.
     """
-    with open(os.path.join(folder, STATS_JSON)) as file:
-        return _as_arrays(json.load(file))
+    path = os.path.join(folder, STATS_JSON)
+    with open(path) as file:
+        robots = by_robot(json.load(file))
+    if len(robots) > 1:
+        raise UserError(f"{path}: expected statistics of one robot, found those of {', '.join(robots)}")
+    return _as_arrays(next(iter(robots.values())))
 
 
 def load_robot_stats(folder: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
@@ -111,13 +122,74 @@ def load_robot_stats(folder: str | os.PathLike) -> dict[str, dict[str, np.ndarra
     path = os.path.join(folder, STATS_JSON)
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {folder}: expected {STATS_JSON}, written by training, found none")
+    return read_stats(path)
+
+
+def read_stats(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """Robot -> its statistics, of a `dataset_stats.json`, or of the reference's `dataset_stats.pkl`. Of a pickle
+    nothing is made but arrays, numbers, texts and containers, so whatever it holds, no code of it runs.
+
+    Raises:
+        UserError: for a file that is not there, or holds something else.
+    """
     try:
-        with open(path) as file:
-            stats = json.load(file)
-        by_robot = stats if all(isinstance(value, dict) for value in stats.values()) else {"default": stats}
-        return {robot: _as_arrays(its_stats) for robot, its_stats in by_robot.items()}
-    except (ValueError, AttributeError) as error:
+        if str(path).endswith(".json"):
+            with open(path) as file:
+                stats = json.load(file)
+        else:
+            with open(path, "rb") as file:
+                stats = _ArrayUnpickler(file).load()
+        return {str(robot): _as_arrays(its_stats) for robot, its_stats in by_robot(stats).items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
         raise UserError(f"{path}: expected statistics as training writes them, found {error}") from error
+
+
+def check_stats(stats: dict[str, dict[str, np.ndarray]], action_dim: int, state_dim: int, source: str):
+    """Raises UserError, naming `source`, robot and key, unless the statistics are those of a model with this head."""
+    for robot, its_stats in stats.items():
+        of = f"{source}: " if len(stats) == 1 else f"{source}: {robot}: "
+        for key, dim in {key: action_dim if key.startswith("action") else state_dim for key in KEYS}.items():
+            if key not in its_stats:
+                raise UserError(f"{of}expected {key}, found only {', '.join(its_stats) or 'nothing'}")
+            values = its_stats[key]
+            if values.shape != (dim,) or not np.isfinite(values).all():
+                expected = f"{dim} finite numbers, as the checkpoint's policy head takes"
+                raise UserError(f"{of}{key}: expected {expected}, found shape {values.shape}: {values.tolist()!s:.80}")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows what numpy's arrays and numbers are made with, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        module = module.replace("numpy.core.", "numpy._core.")  # its name before numpy 2
+        makers = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+            ("numpy._core.multiarray", "scalar"): np._core.multiarray.scalar,
+            ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+            ("collections", "OrderedDict"): dict,
+            ("_codecs", "encode"): _encode,
+        }
+        if (module, name) not in makers:
+            raise pickle.UnpicklingError(f"{module}.{name}, which is neither an array nor a number")
+        return makers[module, name]
+
+
+def _from_buffer(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Old pickles hold an array's bytes as text."""
+    return text.encode("latin1")
+
+
+def _as_lists(stats: dict) -> dict:
+    return {key: _as_lists(value) if isinstance(value, dict) else np.asarray(value).tolist()
+            for key, value in stats.items()}  # fmt: skip
 
 
 def _as_arrays(stats: dict) -> dict[str, np.ndarray]:

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-import qwen2_vla  # noqa: F401  before MuJoCo: Mesa's renderer and Triton crash when they are loaded the other way round
-
-# isort: split
 from aloha_scripts.scripted_policy import instruction
 from aloha_scripts.simulation import MAX_REWARD
 from data_utils import UserError

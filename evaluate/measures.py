@@ -33,6 +33,9 @@ class Replay:
     hold: np.ndarray
     reasonings: list[tuple[str | None, str]]
 
+    def __post_init__(self):
+        self.chunks = np.where(np.isfinite(self.chunks), self.chunks, np.nan)  # infinity has no mean either
+
     def targets(self) -> tuple[np.ndarray, np.ndarray]:
         """(Q, T, A) the recorded actions that the chunks should be, and (Q, T) whether there is such a row."""
         rows = self.starts[:, None] + np.arange(self.chunks.shape[1])  # (Q, T)
@@ -103,14 +106,13 @@ def joint_names(dims: int) -> list[str]:
 def measure(replays: list[Replay], stats: dict[str, np.ndarray]) -> Measures:
     """Measures replays of the same policy; `stats` are those that its actions are normalised with.
 
-    Numbers that are not finite make what depends on them NaN.
+    Predicted numbers that are not finite make what depends on them NaN.
 
     Raises:
         ValueError: when no joint moves in the recordings.
     """
     chunks = np.concatenate([replay.chunks for replay in replays]).astype(np.float64)  # (Q, T, A)
     finite = np.isfinite(chunks)
-    chunks[~finite] = np.nan
     targets, inside = map(np.concatenate, zip(*(replay.targets() for replay in replays)))  # (Q, T, A), (Q, T)
     hold = np.concatenate([replay.hold for replay in replays])[:, None]  # (Q, 1, A)
 

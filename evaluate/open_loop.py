@@ -99,7 +99,7 @@ class Replayer:
             texts += written
         told = [None] * len(frames)
         if policy.use_reasoning and self.options.get("reasoning") is None:
-            told = [episode.reasoning(t) for t in frames]
+            told = [episode.reasoning(int(t)) for t in frames]
         return Replay(
             path=episode.path,
             every=self.every,
@@ -125,20 +125,17 @@ class Replayer:
 
     def ask(self, episode: Episode, cameras: dict[str, str], frames: list[int]) -> tuple[np.ndarray, list[str]]:
         """(B, T, A) and B texts: the policy's answers to B frames."""
-        observations = []
+        policy = self.policy
+        observations, noise = [], []
         for t in map(int, frames):
-            images = {
-                name: np.stack(episode.frames(stored, t, self.policy.history)) for name, stored in cameras.items()
-            }
-            if self.policy.history == 1:
+            images = {name: np.stack(episode.frames(stored, t, policy.history)) for name, stored in cameras.items()}
+            if policy.history == 1:
                 images = {name: image[0] for name, image in images.items()}
             observations.append({"images": images, "qpos": episode.qpos[t]})
-        shape = (self.policy.chunk_size, self.policy.action_dim)
-        noise = [
-            np.random.default_rng([self.seed, t]).standard_normal(shape, np.float32) for t in frames
-        ]  # (T, A) each
-        instructions = [episode.instruction(t) for t in frames]
-        return self.policy.predict(observations, instructions, noise=np.stack(noise), **self.options)
+            shape = (policy.chunk_size, policy.action_dim)
+            noise.append(np.random.default_rng([self.seed, t]).standard_normal(shape, np.float32))
+        instructions = [episode.instruction(int(t)) for t in frames]
+        return policy.predict(observations, instructions, noise=np.stack(noise), **self.options)
 
     def _cameras(self, episode: Episode) -> dict[str, str]:
         policy, path = self.policy, episode.path

@@ -104,7 +104,7 @@ def simulation_for(policy, args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace):
-    from qwen2_vla import Qwen2VLAPolicy  # before MuJoCo, see closed_loop.py
+    from qwen2_vla import Qwen2VLAPolicy
 
     # isort: split
     from data_utils import UserError

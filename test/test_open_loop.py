@@ -101,7 +101,7 @@ def bad(chunks, how):
     """Chunks (Q, T, A) of a policy with something the matter."""
     noise = np.random.default_rng(0).normal(size=chunks.shape)
     return {
-        "finite numbers": np.where(np.arange(len(chunks))[:, None, None] == 3, np.nan, chunks),
+        "finite numbers": np.where(np.arange(len(chunks))[:, None, None] == 3, [np.nan] * 3 + [np.inf] * 4, chunks),
         "error against holding still": chunks + 0.4 * noise[:, :1],
         "error against a constant action": chunks[::-1],
         "movement that is followed": np.broadcast_to(chunks[:, :1], chunks.shape),
@@ -128,6 +128,7 @@ def test_what_was_recorded_is_go():
     assert is_go(judge(measured(recorded, noisy)))  # off by half a percent of the range
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "how",
     ["finite numbers", "error against holding still", "error against a constant action", "movement that is followed",
@@ -314,9 +315,11 @@ def test_bad_input_is_named(checkpoint, task, tmp_path, monkeypatch):
     assert "train_ratio leaves no episode for validation" in fails()
 
 
-def test_texts_are_escaped(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_odd_texts_and_numbers_in_a_page(tmp_path):
     recorded = demonstration()
     chunks = chunks_of(recorded)
+    chunks[2, 3:, 0], chunks[4, :, 1] = np.nan, np.inf
     one = replay(recorded, chunks, 20, [("a", "<script>")] * len(chunks))
     m = measured(recorded, chunks, one.reasonings)
     write_report(str(tmp_path / "page.html"), "<b>", [one], m, judge(m), Latency(3, 2, 1, 1), {"<i>.hdf5": 4})
