@@ -312,9 +312,11 @@ def load_data(
 
     def dataset(paths: list[str], **images) -> EpisodicDataset:
         lengths = [summaries[path].length for path in paths]
+        its_robots = [robots[source_of[path]] for path in paths] if robots else None
         return EpisodicDataset(
-            paths, camera_names, stats, chunk_size, robots=[robots[source_of[path]] for path in paths] if robots else None,
-            **images, transform=transform, camera_map=camera_map, episode_lengths=lengths, **dataset_options,
+            paths, camera_names, stats, chunk_size,
+            robots=its_robots, **images, transform=transform, camera_map=camera_map,
+            episode_lengths=lengths, **dataset_options,
         )  # fmt: skip
 
     train_set = dataset([path for path, _ in train], augment=augment)

@@ -1,7 +1,8 @@
 from transformers import PreTrainedConfig
 
-# depth, width, heads of each size (DexVLA, arXiv 2502.05855; Ti, S and B follow ViT)
+# depth, width, heads of each size (DexVLA, arXiv 2502.05855; Ti, S and B follow ViT; XS is ours, for a CPU)
 SCALEDP_SIZES = {
+    "ScaleDP_XS": (4, 192, 6),
     "ScaleDP_Ti": (8, 256, 4),
     "ScaleDP_S": (12, 384, 6),
     "ScaleDP_B": (12, 768, 12),

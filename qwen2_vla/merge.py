@@ -1,6 +1,9 @@
 """`python -m qwen2_vla.merge CHECKPOINT --output FOLDER`: any checkpoint as one plain, complete folder.
 
 LoRA adapters (also QLoRA's, and the reference's) are merged into their base model; `--ema` takes the averaged weights.
+A checkpoint of the reference does not say with which cameras, image sizes and statistics it acts; then tell, as in
+
+    python -m qwen2_vla.merge CHECKPOINT --output FOLDER --task_name fold_shirt --stats dataset_stats.pkl
 """
 
 import argparse
@@ -16,9 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 from data_utils import UserError
-from data_utils.normalization import STATS_JSON, STATS_PKL
+from data_utils.normalization import STATS_JSON, STATS_PKL, check_stats, read_stats, save_stats
 
 from .adapters import has_adapters
+from .arguments import DataArguments, get_task
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .loading import check_model_folder, load_model, load_processor
 
@@ -26,7 +30,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def merge(
-    checkpoint: str, output: str, *, base: str | None = None, ema: bool = False, dtype: torch.dtype = torch.float32
+    checkpoint: str,
+    output: str,
+    *,
+    base: str | None = None,
+    ema: bool = False,
+    dtype: torch.dtype = torch.float32,
+    data_config: dict | None = None,
+    stats: str | None = None,
 ) -> str:
     """Writes weights, configuration, tokenizer, processor and the dataset's statistics of a checkpoint to `output`.
 
@@ -34,6 +45,9 @@ def merge(
         checkpoint: a full checkpoint, or LoRA adapters of ours or of the reference.
         base: the adapters' base model, where it is not in the folder that they name.
         ema: take the averaged weights of `--using_ema`.
+        data_config: for a checkpoint whose config.json has none: what training notes there, see `data_config_of`.
+        stats: file with the statistics, `dataset_stats.pkl` or `.json`; those in the checkpoint's folder if None. With
+            `data_config`, a pickle in that folder or the one above is found too, where the reference writes it.
 
     Returns:
         one line that says what was written, and another if statistics are missing.
@@ -50,8 +64,20 @@ def merge(
     adapters = has_adapters(checkpoint)
     if base is not None and not adapters:
         raise UserError(f"--base {base}: expected adapters in CHECKPOINT {checkpoint}, found a plain checkpoint")
-    if Qwen2VLAConfig.from_pretrained(checkpoint).policy_head_config is None:
+    config = Qwen2VLAConfig.from_pretrained(checkpoint)
+    head = config.policy_head_config
+    if head is None:
         raise UserError(f"CHECKPOINT {checkpoint}: expected a DexVLA checkpoint, found a model without a policy head")
+    if data_config and config.data_config:
+        raise UserError(
+            f"CHECKPOINT {checkpoint}: expected a config.json without data_config, found one for cameras "
+            f"{', '.join(config.data_config['camera_names'])}: leave --task_name and --camera_names out"
+        )
+    if data_config and stats is None:
+        stats = _find_stats(checkpoint)
+    if stats is not None:
+        robots = read_stats(stats)
+        check_stats(robots, head.input_dim, head.state_dim, f"--stats {stats}")
     processor = load_processor(checkpoint, base)
     try:
         model = load_model(checkpoint, dtype=dtype, base=base, ema=ema)
@@ -64,16 +90,20 @@ def merge(
         # written beside its place, so that no half of a model is ever found there
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
             folder = Path(beside, "merged")
+            if data_config:
+                model.config.data_config = data_config
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            has_stats = _copy_stats(checkpoint, folder)
+            if stats is not None:
+                save_stats(robots["default"] if list(robots) == ["default"] else robots, folder)
+            has_stats = stats is not None or _copy_stats(checkpoint, folder)
             os.replace(folder, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: expected a folder that can be written, found {error}") from error
     kind = "adapters and base as one model" if adapters else "a full checkpoint"
     line = f"wrote {output}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters in {dtype}"
     line += ", averaged (EMA)" if ema else ""
-    return line if has_stats else f"{line}\n{checkpoint} has no {STATS_JSON}: without it the model cannot act"
+    return line if has_stats else f"{line}\n{checkpoint} has no {STATS_JSON}: without it the model cannot act (--stats)"
 
 
 def _copy_stats(checkpoint: str, folder: Path) -> bool:
@@ -84,6 +114,47 @@ def _copy_stats(checkpoint: str, folder: Path) -> bool:
     return (folder / STATS_JSON).is_file()
 
 
+def _find_stats(checkpoint: str) -> str:
+    """The statistics' file in the checkpoint's folder, or in that of its training."""
+    folders = [Path(checkpoint).resolve(), Path(checkpoint).resolve().parent]
+    for path in (folder / name for folder in folders for name in (STATS_JSON, STATS_PKL)):
+        if path.is_file():
+            return str(path)
+    raise UserError(f"--stats: expected {STATS_PKL} or {STATS_JSON} of the training, found none in {checkpoint}")
+
+
+def data_config_of(args: argparse.Namespace) -> dict | None:
+    """What the flags say about how a checkpoint was trained; None without --task_name and --camera_names.
+
+    Raises:
+        UserError: naming a flag that is missing or wrong.
+    """
+    told = [flag for flag in vars(DataArguments()) if getattr(args, flag, None) is not None]
+    if not args.task_name and not args.camera_names:
+        if told:
+            raise UserError(f"--{told[0]}: expected --task_name or --camera_names too, found neither")
+        return None
+    cameras = [name.strip() for name in (args.camera_names or "").split(",") if name.strip()]
+    data = DataArguments(**{flag: getattr(args, flag) for flag in told})
+    return {
+        "task_name": args.task_name,
+        "camera_names": cameras or list(get_task(args.task_name)["camera_names"]),
+        "image_size_stable": list(data.image_size_stable),
+        "image_size_wrist": list(data.image_size_wrist),
+        # a model that was trained without it writes none by itself
+        "use_reasoning": args.use_reasoning is not False,
+        "delta_control": data.delta_control,
+        "augment": data.augment,
+        "history_images_length": data.history_images_length,
+    }
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, found {text}")
+    return text.lower() == "true"
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m qwen2_vla.merge", description=__doc__.partition(": ")[2])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a full checkpoint or of LoRA adapters")
@@ -91,8 +162,27 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--base", metavar="FOLDER", help="the adapters' base model, if it has moved")
     parser.add_argument("--ema", action="store_true", help="the averaged weights (training with --using_ema True)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: %(default)s)")
+    told = parser.add_argument_group("a checkpoint of the reference", "How it was trained; it does not say so itself.")
+    told.add_argument("--task_name", help="entry of TASK_CONFIGS: its camera_names, in the order of training")
+    told.add_argument("--camera_names", metavar="A,B,…", help="cameras, instead of those of the task")
+    told.add_argument("--stats", metavar="FILE", help=f"{STATS_PKL} or {STATS_JSON} (default: in or beside CHECKPOINT)")
+    for flag in ("image_size_stable", "image_size_wrist"):
+        told.add_argument(f"--{flag}", metavar='"(W,H)"', help='as in training (default: "(320,240)")')
+    told.add_argument("--use_reasoning", type=_truth, metavar="BOOL", help="as in training (default: True)")
+    told.add_argument("--delta_control", type=_truth, metavar="BOOL", help="as in training (default: False)")
+    told.add_argument("--augment", type=_truth, metavar="BOOL", help="as in training (default: True)")
+    told.add_argument("--history_images_length", type=int, metavar="F", help="as in training (default: 1)")
     args = parser.parse_args(argv)
-    print(merge(args.checkpoint, args.output, base=args.base, ema=args.ema, dtype=DTYPES[args.dtype]))
+    line = merge(
+        args.checkpoint,
+        args.output,
+        base=args.base,
+        ema=args.ema,
+        dtype=DTYPES[args.dtype],
+        data_config=data_config_of(args),
+        stats=args.stats,
+    )
+    print(line)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ from data_utils import (
     unnormalize_action,
 )
 from data_utils.errors import UserError
+from data_utils.normalization import STATS_JSON, STATS_PKL, check_stats
 
+from .configuration_qwen2_vla import Qwen2VLAConfig
 from .loading import load_model, load_processor
 from .modeling_qwen2_vla import Qwen2VLForConditionalGenerationForVLA
+from .observations import as_array, as_float32, check_observation, is_count, kind_of, one_each, plain_texts
 from .processing_qwen2_vla import ANSWER_MARK, END, Qwen2VLAProcess
 
 TOKEN_STEP = 32  # prompts are padded to a multiple of it on CUDA, so that few lengths are captured
@@ -29,7 +32,7 @@ class Qwen2VLAPolicy:
     """Acts with a trained checkpoint. The folder alone is enough: it knows cameras, image sizes and statistics.
 
     Args:
-        stats: per robot, `dataset_stats.json`. The policy acts for one of them at a time: `unnorm_key`.
+        stats: robot -> its statistics, as in `dataset_stats.json`. Every observation is one robot's: `unnorm_key`.
 
     Attributes: camera_names; chunk_size T, action_dim A, state_dim S; history, frames per camera; delta_control,
     whether actions are differences; use_reasoning; unnorm_keys, the robots it was trained on.
@@ -55,6 +58,7 @@ class Qwen2VLAPolicy:
         self.collate = Qwen2VLADataCollatorForSupervisedDataset(
             process.tokenizer.pad_token_id, TOKEN_STEP if model.device.type == "cuda" else 1
         )
+        self._control_tokens = process.tokenizer.all_special_tokens
         self._drafts: dict[str, str] = {}  # instruction -> what was written to it last
 
     @classmethod
@@ -67,7 +71,8 @@ class Qwen2VLAPolicy:
         bits: int = 16,
         base: str | None = None,
     ) -> "Qwen2VLAPolicy":
-        """Loads a checkpoint folder written by training: full, merged, or LoRA adapters (merged while loading).
+        """Loads a checkpoint folder written by training: full, merged, or LoRA adapters (merged while loading). One of
+        the reference has to be made complete first: `python -m qwen2_vla.merge --help`.
 
         Args:
             device: defaults to the accelerator, else the CPU.
@@ -75,21 +80,14 @@ class Qwen2VLAPolicy:
             bits: 4 or 8 quantises the backbone's Linear layers. base: the adapters' base model, if it has moved.
 
         Raises:
-            UserError: when the folder lacks what acting needs.
+            UserError: when the folder lacks what acting needs, or there is no such device.
         """
-        if not os.path.isdir(folder):
-            raise UserError(f"checkpoint: expected a folder, found none at {folder}")
-        stats = load_robot_stats(folder)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        device = torch.device(device or accelerator)
+        config, stats = _read_settings(folder)
+        device = _device(device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = load_model(folder, dtype=dtype, ema=ema, bits=bits, compute_dtype=dtype, device=device, base=base)
         model = model.to(device) if bits == 16 else model  # a quantised model is where it was loaded to
-        data = model.config.data_config
-        if not data:
-            raise UserError(
-                f"checkpoint {folder}: expected data_config (cameras, image sizes) in config.json, found none"
-            )
+        data = config.data_config
         process = Qwen2VLAProcess(
             load_processor(folder, base),
             data["camera_names"],
@@ -119,30 +117,7 @@ class Qwen2VLAPolicy:
 
     def check(self, observation: Mapping, field: str = "observation"):
         """Raises UserError that names what is wrong with an observation, see `predict`."""
-        for key in ("images", "qpos"):
-            if not isinstance(observation, Mapping) or key not in observation:
-                raise UserError(f"{field}: expected images and qpos, found no {key}")
-        images, qpos = observation["images"], np.asarray(observation["qpos"])
-        if qpos.shape != (self.state_dim,) or qpos.dtype.kind not in "fiu":
-            raise UserError(f"{field}: qpos: expected shape ({self.state_dim},), found {qpos.shape} of {qpos.dtype}")
-        if not np.isfinite(qpos).all():
-            at = int(np.flatnonzero(~np.isfinite(qpos))[0])
-            raise UserError(f"{field}: qpos[{at}]: expected finite numbers, found {qpos[at]}")
-        missing = [name for name in self.camera_names if name not in images]
-        if missing:
-            found = ", ".join(map(str, images)) or "none"
-            raise UserError(
-                f"{field}: images: expected cameras {', '.join(self.camera_names)}, missing {', '.join(missing)}, "
-                f"found {found}"
-            )
-        expected = "(height, width, 3)" if self.history == 1 else f"({self.history}, height, width, 3)"
-        for name in self.camera_names:
-            image = np.asarray(images[name])
-            shape = image.shape if self.history > 1 else (1, *image.shape)
-            if len(shape) != 4 or shape[0] != self.history or shape[3] != 3 or 0 in shape or image.dtype != np.uint8:
-                raise UserError(
-                    f"{field}: images[{name!r}]: expected {expected} of uint8, found {image.shape} of {image.dtype}"
-                )
+        check_observation(observation, field, self.camera_names, self.state_dim, self.history)
 
     def predict(
         self,
@@ -153,7 +128,7 @@ class Qwen2VLAPolicy:
         unnorm_key: str | list[str | None] | None = None,
         reasoning: str | list[str | None] | None = None,
         prefix: np.ndarray | list[np.ndarray | None] | None = None,
-        frozen: int | list[int] = 0,
+        frozen: int | list[int | None] = 0,
         noise: np.ndarray | None = None,
     ) -> tuple[np.ndarray, str] | tuple[np.ndarray, list[str]]:
         """One observation, or a list of B -> what to do next.
@@ -163,8 +138,9 @@ class Qwen2VLAPolicy:
                 trained with `--history_images_length` F > 1 takes (F, H, W, 3), the current frame last.
             instruction: the task in words. For B observations, this and what follows is one for all or a list of B.
             unnorm_key: which robot it is, for a checkpoint trained on several.
-            reasoning: a sub-step taken as it is instead of being written, which saves the decoding; "" for none.
-            prefix: (n, A) actions in the robot's units, n <= T: what the chunk should begin with, usually the rest of
+            reasoning: a sub-step taken as it is instead of being written, which saves the decoding; "" for none. A
+                policy trained without reasoning needs none.
+            prefix: (n, A) actions as they are returned, n <= T: what the chunk should begin with, usually the rest of
                 the one being executed. The first `frozen` of them are kept exactly, the others with decreasing weight.
             noise: (T, A) or (B, T, A), standard normal: what the chunk is denoised from; drawn if None.
 
@@ -173,50 +149,59 @@ class Qwen2VLAPolicy:
             for a list (B, T, A) and the B texts.
 
         Raises:
-            UserError: naming the field of an observation that is missing or has a wrong shape.
+            UserError: naming the argument, or the field of an observation, that is missing or is not as it has to be.
         """
         if isinstance(observation, Mapping):
-            noise = None if noise is None else np.asarray(noise)[None]
+            noise = None if noise is None else as_array(noise, "noise")[None]
             actions, texts = self.predict(
                 [observation], [instruction], max_new_tokens, unnorm_key=[unnorm_key], reasoning=[reasoning],
                 prefix=[prefix], frozen=[frozen], noise=noise,
             )  # fmt: skip
             return actions[0], texts[0]
+        if not isinstance(observation, list | tuple) or not observation:
+            raise UserError(
+                f"observation: expected a dict with images and qpos or a list of them, found {kind_of(observation)}"
+            )
+        if not is_count(max_new_tokens, least=1):
+            raise UserError(f"max_new_tokens: expected a positive number, found {max_new_tokens!r}")
         batch = len(observation)
-        instructions, keys, reasonings, prefixes, frozen = (
-            value if isinstance(value, list) else [value] * batch
-            for value in (instruction, unnorm_key, reasoning, prefix, frozen)
-        )
         for i, one in enumerate(observation):
             self.check(one, "observation" if batch == 1 else f"observation {i}")
-        stats = [self._stats(key) for key in keys]
+        instructions = plain_texts(instruction, "instruction", batch, self._control_tokens)
+        reasonings = plain_texts(reasoning, "reasoning", batch, self._control_tokens, optional=True)
+        stats = [self._stats(key) for key in one_each(unnorm_key, "unnorm_key", batch)]
         inputs = self._inputs(observation, instructions, stats)
-        known, weights = self._known(prefixes, frozen, stats)
-        actions, texts = self.model.predict_action(
+        known, weights = self._known(one_each(prefix, "prefix", batch), one_each(frozen, "frozen", batch), stats)
+        actions, written = self.model.predict_action(
             **inputs,
             tokenizer=self.process.tokenizer,
             max_new_tokens=max_new_tokens,
-            answers=[None if text is None else self._answer(text) for text in reasonings],
+            answers=self._answers(reasonings),
             drafts=[self._drafts.get(text, "") for text in instructions],
-            noise=None if noise is None else self._on_device(noise),
+            noise=None if noise is None else self._noise(noise, batch),
             known=known,
             known_weights=weights,
         )
         actions = actions.cpu().numpy()
         if len(self._drafts) > MOST_DRAFTS:
             self._drafts.clear()
-        self._drafts.update(zip(instructions, texts))
-        texts = [text.removesuffix(ANSWER_MARK).removesuffix(END) for text in texts]
+        self._drafts |= {asked: text for asked, text, given in zip(instructions, written, reasonings) if given is None}
+        texts = [text.removesuffix(ANSWER_MARK).removesuffix(END) for text in written]
         return np.stack([unnormalize_action(rows, one) for rows, one in zip(actions, stats)]), texts
 
-    def _answer(self, reasoning: str) -> str:
-        """As in training, without the end that follows; but a model trained without reasoning saw nothing else."""
-        return f"{reasoning}{ANSWER_MARK}" if self.use_reasoning else END
+    def _answers(self, reasonings: list[str | None]) -> list[str | None] | None:
+        """As in training, without the end that follows; but a model trained without reasoning saw nothing else, and
+        one in TinyVLA mode not even that."""
+        if not self.use_reasoning or self.model.config.is_tinyvla:
+            for text in filter(None, reasonings):
+                raise UserError(f"reasoning: expected none, for the checkpoint was trained without, found {text!r:.80}")
+            return None if self.model.config.is_tinyvla else [END] * len(reasonings)
+        return [None if text is None else f"{text}{ANSWER_MARK}" for text in reasonings]
 
     def _stats(self, unnorm_key: str | None) -> dict[str, np.ndarray]:
         if unnorm_key is None and len(self.robot_stats) == 1:
             return next(iter(self.robot_stats.values()))
-        if unnorm_key not in self.robot_stats:
+        if unnorm_key not in self.unnorm_keys:
             raise UserError(f"unnorm_key: expected one of {', '.join(self.unnorm_keys)}, found {unnorm_key}")
         return self.robot_stats[unnorm_key]
 
@@ -244,7 +229,7 @@ class Qwen2VLAPolicy:
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
     def _known(
-        self, prefixes: list[np.ndarray | None], frozen: list[int], stats: list[dict]
+        self, prefixes: list[np.ndarray | None], frozen: list[int | None], stats: list[dict]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What is to be inpainted, (B, T, A) normalised, and with which weights (B, T)."""
         if all(prefix is None for prefix in prefixes):
@@ -254,19 +239,63 @@ class Qwen2VLAPolicy:
         for i, (prefix, fixed, its_stats) in enumerate(zip(prefixes, frozen, stats, strict=True)):
             if prefix is None:
                 continue
-            prefix = np.asarray(prefix, np.float32)
+            prefix, fixed = as_float32(as_array(prefix, "prefix")), fixed or 0
             count = len(prefix) if prefix.ndim == 2 else -1
             if not 0 <= count <= self.chunk_size or prefix.shape[1] != self.action_dim or not np.isfinite(prefix).all():
                 raise UserError(
                     f"prefix: expected finite numbers (n, {self.action_dim}), n at most {self.chunk_size}, found "
                     f"shape {prefix.shape}"
                 )
-            if not 0 <= fixed <= count:
-                raise UserError(f"frozen: expected 0 to {count}, the length of prefix, found {fixed}")
+            if not is_count(fixed, least=0) or fixed > count:
+                raise UserError(f"frozen: expected 0 to {count}, the length of prefix, found {fixed!r}")
             known[i, :count] = normalize_action(prefix, its_stats)
             weights[i, :fixed] = 1
             weights[i, fixed:count] = np.linspace(1, 0, count - fixed + 2)[1:-1]
         return self._on_device(known), self._on_device(weights)
 
+    def _noise(self, noise: np.ndarray, batch: int) -> torch.Tensor:
+        noise = as_float32(as_array(noise, "noise"))
+        expected = (batch, self.chunk_size, self.action_dim)
+        if noise.shape != expected or not np.isfinite(noise).all():
+            raise UserError(f"noise: expected finite numbers {expected}, found shape {noise.shape}")
+        return self._on_device(noise)
+
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.model.device)
+
+
+def _read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.ndarray]]]:
+    """Configuration and statistics, looked at before any weight is loaded."""
+    if not os.path.isdir(folder):
+        raise UserError(f"checkpoint: expected a folder, found none at {folder}")
+    try:
+        config = Qwen2VLAConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder}: expected a DexVLA config.json, found {error}") from error
+    head = config.policy_head_config
+    if head is None:
+        raise UserError(f"checkpoint {folder}: expected a DexVLA checkpoint, found a model without a policy head")
+    has_stats = os.path.isfile(os.path.join(folder, STATS_JSON))
+    if not has_stats or not config.data_config:
+        lacking = [] if has_stats else [STATS_JSON]
+        lacking += [] if config.data_config else ["data_config (cameras, image sizes) in config.json"]
+        raise UserError(
+            f"checkpoint {folder}: expected {STATS_JSON} and data_config as training writes them, found no "
+            f"{' and no '.join(lacking)}; python -m qwen2_vla.merge {folder} --output FOLDER --task_name TASK "
+            f"--stats {STATS_PKL} makes a complete folder"
+        )
+    stats = load_robot_stats(folder)
+    check_stats(stats, head.input_dim, head.state_dim, os.path.join(folder, STATS_JSON))
+    return config, stats
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """The one that is meant; the accelerator, else the CPU, for None."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name or accelerator).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: PyTorch was built without it
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device: expected one of this machine, such as {accelerator}, found {name}: {reason}"
+        ) from error

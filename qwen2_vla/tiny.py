@@ -1,6 +1,7 @@
 """`python -m qwen2_vla.tiny DIR`: a Qwen2-VL of under a million parameters, laid out like the official folder.
 
-Random weights, an own small tokenizer, the real processor. It is what the demo and the tests start from.
+Random weights, an own small tokenizer, the real processor. It is what the demo and the tests start from; `--size small`
+has 48 million and learns a simulated task from scratch on a GPU.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from .flops import PRESETS
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -72,48 +75,47 @@ def make_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     )
 
 
-def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
-    """No layer is narrower than 64: nf4 quantisation packs 64 weights to a block."""
+def make_config(tokenizer: Qwen2Tokenizer, size: str = "tiny") -> Qwen2VLConfig:
+    """`size`: a key of PRESETS. No layer is narrower than 64: nf4 quantisation packs 64 weights to a block."""
+    sizes = PRESETS[size]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen2VLConfig(
-        text_config={
+        text_config=sizes["text"]
+        | {
             "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sizes["mrope_section"]},
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
-        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
+        vision_config=sizes["vision"] | {"hidden_size": sizes["text"]["hidden_size"]},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
-        policy_head_size="ScaleDP_Ti",  # what train_vla.py builds on it unless told otherwise
+        policy_head_size=sizes["head"],  # what train_vla.py builds on it unless told otherwise
     )
 
 
-def write_tiny_model(folder: str | os.PathLike, seed: int = 0):
-    """Writes configuration, weights, tokenizer and processor to `folder`."""
+def write_tiny_model(folder: str | os.PathLike, seed: int = 0, size: str = "tiny"):
+    """Writes configuration, weights, tokenizer and processor to `folder`; `size` is a key of PRESETS."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(make_config(tokenizer))
+        model = Qwen2VLForConditionalGeneration(make_config(tokenizer, size))
     model.save_pretrained(folder)
     make_processor(tokenizer).save_pretrained(folder)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"wrote a Qwen2-VL of {size:,} random parameters to {folder}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"wrote a Qwen2-VL of {count:,} random parameters to {folder}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
     arguments = parser.parse_args()
-    write_tiny_model(arguments.folder, arguments.seed)
+    write_tiny_model(arguments.folder, arguments.seed, arguments.size)

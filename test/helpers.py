@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data_utils import save_stats
+from qwen2_vla.loading import build_config, load_model, load_processor
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "test" / "golden"
 LENGTH, ONE_CAMERA = 12, ["cam_high"]  # of the datasets to be labelled
 CAMERAS = ["cam_high", "cam_left_wrist", "cam_right_wrist"]
+HEAD = {"depth": 1, "width": 64, "num_heads": 4, "chunk_size": 8}  # of tiny models
 EPISODES = [str(GOLDEN / "episodes" / f"episode_{i}.hdf5") for i in range(3)]
 
 
@@ -112,3 +116,18 @@ def label_file(dataset: Path, *rows: str, header: str = "episode,start,end,text"
     path = dataset.parent / "labels.csv"
     path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     return str(path)
+
+
+def write_checkpoint(folder: Path, base: str, stats: dict, head: dict | None = None, **data) -> str:
+    """A tiny policy with random weights, as training would write it. head: settings other than `HEAD`. data: entries
+    of data_config other than the usual."""
+    usual = {"camera_names": CAMERAS, "image_size_stable": [84, 56], "image_size_wrist": [56, 56],
+             "use_reasoning": True, "delta_control": False, "augment": True, "task_name": "test_task"}  # fmt: skip
+    torch.manual_seed(3)
+    model = load_model(base, build_config(base, **HEAD | (head or {}), data_config=usual | data))
+    for parameter in model.policy_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # an untrained head predicts nothing, whatever the condition
+    model.save_pretrained(folder)
+    load_processor(base).save_pretrained(folder)
+    save_stats(stats, folder)
+    return str(folder)

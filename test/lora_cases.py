@@ -10,9 +10,8 @@ from qwen2_vla.adapters import lora_targets
 from qwen2_vla.loading import build_config, load_model
 from qwen2_vla.modeling_qwen2_vla import VLA_MODULES
 
-from .helpers import CAMERAS, old_name
+from .helpers import CAMERAS, HEAD, old_name
 
-HEAD = {"depth": 1, "width": 64, "num_heads": 4, "chunk_size": 8}
 DATA = {
     "camera_names": CAMERAS, "image_size_stable": [56, 56], "image_size_wrist": [56, 56], "use_reasoning": True,
     "delta_control": False, "augment": True,

@@ -145,6 +145,9 @@ def test_unknown_task_and_bad_size_are_named(capsys, tmp_path):
     run = command_line("--task_name", "sim_fold_shirt", module=True)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "sim_fold_shirt" in run.stderr and all(task in run.stderr for task in SIM_TASKS)
+    with pytest.raises(SystemExit):
+        main(["--task_name", TRANSFER, "--dataset_dir", str(tmp_path), "--spread", "1.5"])
+    assert "expected a number from 0 to 1, found '1.5'" in capsys.readouterr().err
     for size in ("big", "(0,48)", "(4000,3000)", "(64,48,3)"):
         with pytest.raises(SystemExit):
             main(["--task_name", TRANSFER, "--dataset_dir", str(tmp_path), "--image_size", size])
@@ -170,6 +173,46 @@ def test_rollout_starts_smoothly_and_depends_on_the_seed():
     start = np.delete(constants.START_ARM_POSE, [6, 7, 14, 15])
     assert np.abs(np.delete(first[0], [6, 13]) - start).max() < 0.02
     assert np.abs(np.diff(first, axis=0)).max() < 0.1
+
+
+@pytest.mark.parametrize("task", SIM_TASKS)
+def test_spread_draws_objects_towards_the_middle(task):
+    env = AlohaSimulation(task.removesuffix("_scripted"))  # the short name is understood too
+
+    def places(seed, **spread):
+        env.reset(seed, **spread)
+        return env.object_poses()[:, :2]  # (objects, 2)
+
+    starts = np.stack([places(seed) for seed in range(30)])  # (30, objects, 2)
+    middle = places(0, spread=0.0)
+    np.testing.assert_allclose(places(7, spread=0.0), middle)
+    np.testing.assert_allclose(starts.mean(axis=0), middle, atol=0.04)
+    np.testing.assert_allclose(places(3, spread=0.5), (starts[3] + middle) / 2, atol=1e-9)
+    env.close()
+
+
+@needs_gl
+def test_spread_is_recorded(tmp_path):
+    main(arguments(TRANSFER, tmp_path, "--spread", "0.25", "--seed", "3"))
+    with h5py.File(tmp_path / "episode_0.hdf5") as file:
+        assert (file.attrs["seed"], file.attrs["spread"]) == (3, 0.25)
+        actions = file["action"][()]
+    env = AlohaSimulation(TRANSFER)
+    env.reset(3, spread=0.25)
+    assert max(env.step(action) for action in actions) == MAX_REWARD
+    env.close()
+
+
+@needs_gl
+def test_frames_stay_as_they_were():
+    env = AlohaSimulation(TRANSFER)
+    env.reset(seed=0)
+    first = env.render(["top"], SIZE)["top"]
+    kept = first.copy()
+    env.reset(seed=5)
+    assert not np.array_equal(env.render(["top"], SIZE)["top"], kept)
+    np.testing.assert_array_equal(first, kept)
+    env.close()
 
 
 @pytest.mark.parametrize("kind", ["POSITION", "JOINT"])
