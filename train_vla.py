@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None):
 
     set_seed(training_args.seed)
     model = prepare_model(folder, config, training_args, stage1_head, say)
+    ema = EMACallback() if training_args.using_ema else None
     trainer = QWen2VLATrainer(
         model=model,
         args=training_args,
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None):
         processing_class=processor,
         sampling_plan=sampling_plan,
         norm_stats=stats,
-        callbacks=[EMACallback()] if training_args.using_ema else None,
+        callbacks=[ema] if ema else None,
     )
     # from here on every rank draws its own noise; up to here all had to build the same model
     set_seed(training_args.seed + training_args.process_index)
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None):
         )
         return
     trainer.save_model()
+    if ema and not training_args.lora_enable:  # an average of adapters does not fit what they are merged into
+        ema.save(training_args, training_args.output_dir)
     if training_args.lora_enable and training_args.should_save:
         merge_adapters(training_args.output_dir)  # the adapters as such are in the checkpoints
     trainer.save_state()

@@ -100,7 +100,7 @@ def test_resume_continues_the_uninterrupted_run(train, tmp_path):
     shutil.copytree(f"{whole}/checkpoint-2", interrupted / "checkpoint-2")
     resumed = train("interrupted", max_steps=4, using_ema=True, resume_from_checkpoint=True)
     assert column(resumed, "loss") == column(whole, "loss")
-    for name in ("model.safetensors", "checkpoint-4/ema.safetensors"):
+    for name in ("model.safetensors", "ema.safetensors", "checkpoint-4/ema.safetensors"):
         a, b = load_file(f"{whole}/{name}"), load_file(f"{resumed}/{name}")
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
 
