@@ -99,18 +99,21 @@ def save_stats(stats: dict, folder: str | os.PathLike):
         pickle.dump(stats, file)
 
 
-def load_stats(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+def load_stats(folder: str | os.PathLike, robot: str = "") -> dict[str, np.ndarray]:
     """Reads what `save_stats` wrote for one robot; the pickle is never opened, since it could run code.
 
+    Args:
+        robot: which one, where the file may hold several.
+
     Raises:
-        FileNotFoundError: when the folder has no `dataset_stats.json`. UserError: when it holds several robots.
+        FileNotFoundError: when the folder has no `dataset_stats.json`. UserError: when it does not hold the robot.
     """
     path = os.path.join(folder, STATS_JSON)
     with open(path) as file:
         robots = by_robot(json.load(file))
-    if len(robots) > 1:
-        raise UserError(f"{path}: expected statistics of one robot, found those of {', '.join(robots)}")
-    return _as_arrays(next(iter(robots.values())))
+    if robot not in robots and (robot or len(robots) > 1):
+        raise UserError(f"{path}: expected statistics of {robot or 'one robot'}, found those of {', '.join(robots)}")
+    return _as_arrays(robots[robot] if robot else next(iter(robots.values())))
 
 
 def load_robot_stats(folder: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from data_utils import (
     Qwen2VLADataCollatorForSupervisedDataset,
@@ -58,7 +59,7 @@ class Qwen2VLAPolicy:
         self.collate = Qwen2VLADataCollatorForSupervisedDataset(
             process.tokenizer.pad_token_id, TOKEN_STEP if model.device.type == "cuda" else 1
         )
-        self._control_tokens = process.tokenizer.all_special_tokens
+        self._control_tokens = list(process.tokenizer.added_tokens_encoder)
         self._drafts: dict[str, str] = {}  # instruction -> what was written to it last
 
     @classmethod
@@ -83,9 +84,21 @@ class Qwen2VLAPolicy:
             UserError: when the folder lacks what acting needs, or there is no such device.
         """
         config, stats = _read_settings(folder)
+        if bits not in (4, 8, 16):
+            raise UserError(f"bits: expected 4, 8 or 16, found {bits}")
+        if ema and bits < 16:  # the average is of weights as they were trained
+            raise UserError(
+                f"bits {bits}: expected 16 with averaged weights; python -m qwen2_vla.merge {folder} --output FOLDER "
+                "--ema makes a plain folder of them"
+            )
         device = _device(device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = load_model(folder, dtype=dtype, ema=ema, bits=bits, compute_dtype=dtype, device=device, base=base)
+        try:
+            model = load_model(folder, dtype=dtype, ema=ema, bits=bits, compute_dtype=dtype, device=device, base=base)
+        except UserError:
+            raise
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"checkpoint {folder}: expected whole weights of its config.json, found {error}") from error
         model = model.to(device) if bits == 16 else model  # a quantised model is where it was loaded to
         data = config.data_config
         process = Qwen2VLAProcess(
@@ -268,6 +281,8 @@ def _read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.
     """Configuration and statistics, looked at before any weight is loaded."""
     if not os.path.isdir(folder):
         raise UserError(f"checkpoint: expected a folder, found none at {folder}")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"checkpoint {folder}: expected config.json, found none")
     try:
         config = Qwen2VLAConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

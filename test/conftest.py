@@ -11,10 +11,11 @@ import qwen2_vla.environment  # noqa: F401  before the libraries that it prepare
 # isort: split
 from transformers import AutoProcessor, logging
 
-from qwen2_vla import Qwen2VLForConditionalGenerationForVLA
+from data_utils import get_norm_stats
+from qwen2_vla import Qwen2VLAPolicy, Qwen2VLForConditionalGenerationForVLA
 from qwen2_vla.tiny import write_tiny_model
 
-from .helpers import GOLDEN, LENGTH, ONE_CAMERA, write_episode
+from .helpers import EPISODES, GOLDEN, LENGTH, ONE_CAMERA, write_checkpoint, write_episode
 
 SESSION_BEGAN = time.time()
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -54,6 +55,17 @@ def tiny_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_model(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_base, tmp_path_factory):
+    """Folder of a tiny policy with the statistics of the golden episodes."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_base, get_norm_stats(EPISODES))
+
+
+@pytest.fixture(scope="session")
+def policy(checkpoint):
+    return Qwen2VLAPolicy.from_pretrained(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="session")

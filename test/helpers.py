@@ -118,15 +118,20 @@ def label_file(dataset: Path, *rows: str, header: str = "episode,start,end,text"
     return str(path)
 
 
-def write_checkpoint(folder: Path, base: str, stats: dict, head: dict | None = None, **data) -> str:
-    """A tiny policy with random weights, as training would write it. head: settings other than `HEAD`. data: entries
-    of data_config other than the usual."""
+def write_checkpoint(
+    folder: Path, base: str, stats: dict, head: dict | None = None, untrained: bool = False, **data
+) -> str:
+    """A tiny policy with random weights, as training would write it. head: settings other than `HEAD`. untrained: its
+    head predicts nothing. data: entries of data_config other than the usual."""
     usual = {"camera_names": CAMERAS, "image_size_stable": [84, 56], "image_size_wrist": [56, 56],
-             "use_reasoning": True, "delta_control": False, "augment": True, "task_name": "test_task"}  # fmt: skip
+             "use_reasoning": True, "delta_control": False, "augment": True}  # fmt: skip
     torch.manual_seed(3)
-    model = load_model(base, build_config(base, **HEAD | (head or {}), data_config=usual | data))
-    for parameter in model.policy_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # an untrained head predicts nothing, whatever the condition
+    config = build_config(base, **HEAD | (head or {}), data_config=usual | data)
+    if config.policy_head_config.model_type == "unet_diffusion_policy":
+        config.policy_head_config.down_dims = [32, 64]  # instead of 70 M parameters
+    model = load_model(base, config)
+    for parameter in [] if untrained else model.policy_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # so that it answers to its condition
     model.save_pretrained(folder)
     load_processor(base).save_pretrained(folder)
     save_stats(stats, folder)

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from aloha_scripts.constants import START_ARM_POSE, TASK_CONFIGS
-from data_utils import find_all_hdf5, get_norm_stats, save_stats
+from data_utils import find_all_hdf5, get_norm_stats
 from evaluate.serving import PolicyServer
 from evaluate.wire import pack, unpack
-from qwen2_vla.loading import build_config, load_model, load_processor
+
+from . import helpers
 
 CAMERAS = ["top", "left_wrist", "right_wrist"]  # the simulator's
 CHUNK, DIM = 8, 14
@@ -25,15 +26,10 @@ JSON, MSGPACK = {"Content_Type": "application/json"}, {"Content_Type": "applicat
 
 def write_checkpoint(folder, tiny_base: str, task: str) -> str:
     """A tiny policy with the simulator's cameras and random weights."""
-    data = {"camera_names": CAMERAS, "image_size_stable": [84, 56], "image_size_wrist": [56, 56],
-            "use_reasoning": True, "delta_control": False, "task_name": task}  # fmt: skip
-    config = build_config(tiny_base, depth=1, width=64, num_heads=4, chunk_size=CHUNK, data_config=data)
-    load_model(tiny_base, config).save_pretrained(folder)
-    load_processor(tiny_base).save_pretrained(folder)
     stats = get_norm_stats(find_all_hdf5(TASK_CONFIGS[task]["dataset_dir"]))
     pose = np.array(2 * [*START_ARM_POSE[:6], 0.5], np.float32)  # random actions must not break the robot
-    save_stats(stats | {"action_min": pose - 0.05, "action_max": pose + 0.05}, folder)
-    return str(folder)
+    stats |= {"action_min": pose - 0.05, "action_max": pose + 0.05}
+    return helpers.write_checkpoint(folder, tiny_base, stats, {"chunk_size": CHUNK}, camera_names=CAMERAS)
 
 
 def observation(seed: int = 0, **changes) -> dict:

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from data_utils import UserError, find_all_hdf5, get_norm_stats, open_episode, save_stats
+from data_utils import UserError, find_all_hdf5, get_norm_stats, open_episode
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAPolicy, Qwen2VLForConditionalGenerationForVLA
 from qwen2_vla.export import main as export
-from qwen2_vla.loading import build_config, load_model, load_processor
+from qwen2_vla.loading import load_model
 
-from .helpers import CAMERAS, ROOT, run
-from .lora_cases import DATA, HEAD, write_reference_output
+from .helpers import CAMERAS, ROOT, run, write_checkpoint
+from .lora_cases import DATA, write_reference_output
 
 # Acts in a process that cannot see the repository, with what the folder and the README in it offer
 OUTSIDE = """
@@ -55,15 +55,8 @@ def checkpoint(tiny_base, task, tmp_path_factory):
     from aloha_scripts.constants import TASK_CONFIGS
 
     folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(3)
-    model = load_model(tiny_base, build_config(tiny_base, **HEAD, data_config=DATA))
-    for parameter in model.policy_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # an untrained head predicts nothing, whatever the condition
-    model.save_pretrained(folder)
-    load_processor(tiny_base).save_pretrained(folder)
     paths = find_all_hdf5(TASK_CONFIGS[task]["dataset_dir"])
-    save_stats(get_norm_stats(paths), folder)
-    return str(folder), paths[0]
+    return write_checkpoint(folder, tiny_base, get_norm_stats(paths), **DATA), paths[0]
 
 
 def seen_by(policy: Qwen2VLAPolicy, observation: dict, instruction: str) -> tuple[dict, tuple, tuple]:

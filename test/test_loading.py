@@ -141,7 +141,7 @@ def test_a_checkpoints_head_is_kept(tiny_base):
         ({"is_tinyvla": True, "using_film": False}, "is_tinyvla False .asked for: True.*using_film True"),
         ({"head_type": "unet_diffusion_policy"}, "model_type scale_dp_policy .asked for: unet"),
         ({"head_type": "act"}, "--policy_head_type: expected scale_dp_policy or unet"),
-        ({"head_size": "ScaleDP_G"}, "--policy_head_size: expected one of ScaleDP_Ti"),
+        ({"head_size": "ScaleDP_G"}, "--policy_head_size: expected one of ScaleDP_XS, ScaleDP_Ti"),
         ({"using_film": False}, "--using_film False: expected --is_tinyvla True"),
         ({"is_tinyvla": True}, "--is_tinyvla True: expected --using_film False"),
         (

@@ -1,24 +1,28 @@
 """`python -m qwen2_vla.merge`: any checkpoint as one plain, complete folder."""
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import train_vla
-from data_utils import UserError
-from data_utils.normalization import save_stats
+from data_utils import EpisodicDataset, UserError, get_norm_stats, open_episode, save_stats, unnormalize_action
+from data_utils.normalization import read_stats
 from qwen2_vla import Qwen2VLAPolicy
 from qwen2_vla.adapters import lora_targets, plain_name
 from qwen2_vla.loading import load_model
 from qwen2_vla.merge import main as merge
 from qwen2_vla.modeling_qwen2_vla import VLA_MODULES
 
-from .helpers import run
+from .helpers import CAMERAS, EPISODES, GOLDEN, relative_error, run
 from .lora_cases import DATA, assert_same, small_training, write_reference_output
+
+STATS = get_norm_stats(EPISODES)
 
 
 def test_the_output_of_the_reference_as_one_folder(tiny_base, tmp_path, capsys):
@@ -31,8 +35,7 @@ def test_the_output_of_the_reference_as_one_folder(tiny_base, tmp_path, capsys):
     with pytest.raises(UserError, match="found .*base; name it in adapter_config.json.*--base BASE"):
         merge([str(folder), "--output", str(output)])
     assert not output.exists()
-    stats = {f"{kind}_{name}": torch.ones(14).numpy() for kind in ("qpos", "action") for name in ("mean", "std")}
-    save_stats(stats, folder)
+    save_stats(STATS, folder)
     command = [str(folder), "--output", str(output), "--base", str(tmp_path / "elsewhere")]
     merge(command)
     assert "adapters and base as one model" in capsys.readouterr().out
@@ -120,3 +123,124 @@ def test_a_failed_write_leaves_nothing(model, processor, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--output .*: expected a folder that can be written, found .*No space left"):
         merge([str(tmp_path / "full"), "--output", str(tmp_path / "models/new")])
     assert os.listdir(tmp_path / "models") == []
+
+
+# ---- checkpoints of the reference, which do not say how they were trained ----
+
+
+def write_pickle(path: Path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return str(path)
+
+
+def test_a_reference_checkpoint_is_made_complete(task, tmp_path, capsys):
+    """Without a word about cameras; the statistics lie, as a pickle, where the reference's training leaves them."""
+    checkpoint = tmp_path / "training/checkpoint-100"
+    shutil.copytree(GOLDEN / "checkpoint", checkpoint)
+    with pytest.raises(UserError, match="found no dataset_stats.json and no data_config .*merge.*--task_name.*--stats"):
+        Qwen2VLAPolicy.from_pretrained(str(checkpoint), "cpu")
+    command = [str(checkpoint), "--output", str(tmp_path / "whole"), "--task_name", task]
+    with pytest.raises(UserError, match="--stats: expected dataset_stats.pkl .*found none"):
+        merge(command)
+    write_pickle(tmp_path / "training/dataset_stats.pkl", STATS)
+    merge([*command, "--image_size_stable", "(84,56)", "--image_size_wrist", "(56,56)", "--history_images_length", "2"])
+    assert "dataset_stats.json" not in capsys.readouterr().out  # nothing is missing
+    policy = Qwen2VLAPolicy.from_pretrained(str(tmp_path / "whole"), "cpu")
+    assert policy.model.config.data_config == {
+        "task_name": task, "camera_names": CAMERAS, "image_size_stable": [84, 56], "image_size_wrist": [56, 56],
+        "use_reasoning": True, "delta_control": False, "augment": True, "history_images_length": 2,
+    }  # fmt: skip
+    assert all(np.array_equal(policy.stats[key], STATS[key]) for key in STATS)
+    assert_same(policy.model, load_model(str(GOLDEN / "checkpoint")).state_dict())
+    with pytest.raises(UserError, match="expected a config.json without data_config, found one for cameras cam_high"):
+        merge([str(tmp_path / "whole"), "--output", str(tmp_path / "again"), "--task_name", task])
+
+
+def test_it_acts_as_the_reference_trained_it(tmp_path):
+    options = ["--camera_names", "cam_high, cam_left_wrist,cam_right_wrist", "--use_reasoning", "False"]
+    options += ["--stats", write_pickle(tmp_path / "stats.pkl", STATS), "--augment", "False"]
+    merge([str(GOLDEN / "checkpoint"), "--output", str(tmp_path / "whole"), *options])
+    policy = Qwen2VLAPolicy.from_pretrained(str(tmp_path / "whole"), "cpu")
+    assert policy.image_size == (320, 240) and not policy.use_reasoning
+    episode = open_episode(EPISODES[0])
+    noise = np.random.default_rng(0).normal(size=(1, policy.chunk_size, 14)).astype(np.float32)
+    observation = {"images": {name: episode.frame(name, 3) for name in CAMERAS}, "qpos": episode.qpos[3]}
+    actions, text = policy.predict(observation, episode.instruction(3), noise=noise[0])
+    item = EpisodicDataset(EPISODES, CAMERAS, STATS, 8, transform=policy.process, use_reasoning=False)[3]
+    batch = policy.collate([item])
+    condition = load_model(str(GOLDEN / "checkpoint")).eval()(**batch).condition.detach()
+    expected = policy.model.policy_head.denoise(torch.from_numpy(noise), condition, batch["states"])[0].numpy()
+    assert text == "" and relative_error(actions, unnormalize_action(expected, STATS)) < 1e-4
+
+
+class Malicious:
+    """Its pickle calls a function when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def test_no_code_of_a_pickle_runs(tmp_path):
+    target = tmp_path / "ran"
+    for function, arguments in (
+        (os.mkdir, (str(target),)),
+        (eval, (f"__import__('os').mkdir({str(target)!r})",)),
+        (getattr, ("text", "format")),
+        (np.load, (str(target),)),
+    ):
+        evil = Malicious(function, *arguments)
+        for content in (evil, STATS | {"action_std": evil}, {"action_min": np.array([evil], dtype=object)}):
+            path = write_pickle(tmp_path / "evil.pkl", content)
+            with pytest.raises(UserError, match="evil.pkl: expected statistics .*, which is neither an array"):
+                read_stats(path)
+            assert not target.exists()
+    with pytest.raises(UserError, match="neither an array nor a number"):  # a name that leads elsewhere
+        read_stats(write_pickle(tmp_path / "evil.pkl", b"\x80\x04\x8c\x05numpy\x8c\x0ecore.os.system\x93."))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_every_protocol(tmp_path, protocol):
+    numbers = {key: values.astype(np.float64) for key, values in STATS.items()}
+    numbers["count"] = np.int64(3)
+    path = write_pickle(tmp_path / "stats.pkl", pickle.dumps(numbers, protocol))
+    stats = read_stats(path)["default"]
+    assert stats["count"] == 3 and all(np.array_equal(stats[key], STATS[key]) for key in STATS)
+    if protocol < 4:  # names of modules have no length before them: as numpy 1 wrote them
+        renamed = pickle.dumps(numbers, protocol).replace(b"numpy._core", b"numpy.core")
+        assert read_stats(write_pickle(tmp_path / "old.pkl", renamed))["default"].keys() == stats.keys()
+    by_robot = write_pickle(tmp_path / "robots.pkl", pickle.dumps({"a": numbers, "b": STATS}, protocol))
+    assert list(read_stats(by_robot)) == ["a", "b"]
+
+
+def test_wrong_statistics_and_flags(tmp_path):
+    def without(key: str) -> dict:
+        return {name: values for name, values in STATS.items() if name != key}
+
+    command = [str(GOLDEN / "checkpoint"), "--output", str(tmp_path / "new")]
+    stats = ["--stats", write_pickle(tmp_path / "s.pkl", STATS)]
+    cameras = ["--camera_names", "top"]
+    for options, message in (
+        ([*stats, "--task_name", "nothing"], "--task_name: expected one of .*, found nothing"),
+        ([*stats, "--augment", "False"], "--augment: expected --task_name or --camera_names too, found neither"),
+        ([*stats, *cameras, "--image_size_stable", "big"], "--image_size_stable: expected"),
+        ([*stats, *cameras, "--history_images_length", "0"], "--history_images_length: expected"),
+        (["--stats", "none.pkl", *cameras], "none.pkl: expected statistics as training writes them, found .*No such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge([*command, *options])
+    for content, message in (
+        (without("action_max"), "--stats .*s.pkl: expected action_max, found only action_mean"),
+        (STATS | {"qpos_std": np.ones(7)}, r"qpos_std: expected 14 finite numbers.*found shape \(7,\)"),
+        (STATS | {"action_min": np.full(14, np.inf)}, "action_min: expected 14 finite numbers"),
+        ({"a": STATS, "b": without("qpos_mean")}, "s.pkl: b: expected qpos_mean"),
+        ([1, 2], "s.pkl: expected statistics as training writes them"),
+        ({}, "expected action_min, found only nothing"),
+        (b"\x80\x04no pickle", "s.pkl: expected statistics as training writes them"),
+    ):
+        write_pickle(tmp_path / "s.pkl", content)
+        with pytest.raises(UserError, match=message):
+            merge([*command, *stats, *cameras])
+    assert not (tmp_path / "new").exists()

@@ -27,16 +27,6 @@ STATS = get_norm_stats(EPISODES)
 NOISE = np.random.default_rng(0).normal(size=(3, T, A)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_base, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_base, STATS)
-
-
-@pytest.fixture(scope="module")
-def policy(folder):
-    return Qwen2VLAPolicy.from_pretrained(folder, device="cpu")
-
-
 def observed(t: int, episode: int = 0, history: int = 1) -> dict:
     recorded = open_episode(EPISODES[episode])
     frames = {camera: recorded.frames(camera, t, history) for camera in CAMERAS}
@@ -70,11 +60,12 @@ def test_predicts_robot_units(policy):
     }  # fmt: skip
 
 
-def test_a_moved_folder_is_enough(policy, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "copy")
+def test_a_moved_folder_is_enough(policy, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
     (tmp_path / "copy").rename(tmp_path / "moved")
     moved = Qwen2VLAPolicy.from_pretrained(str(tmp_path / "moved"), torch.device("cpu"))
-    assert np.array_equal(act(moved)[0], act(policy)[0]) and act(moved)[1] == act(policy)[1]
+    (actions, text), expected = act(moved), act(policy)
+    assert relative_error(actions, expected[0]) < 1e-5 and text == expected[1]
 
 
 def test_adapters_act_as_the_merged_model(tiny_base, tmp_path):
@@ -95,8 +86,8 @@ def test_adapters_act_as_the_merged_model(tiny_base, tmp_path):
         Qwen2VLAPolicy.from_pretrained(adapters, "cpu", bits=4, base=str(tmp_path / "elsewhere"))
 
 
-def test_averaged_weights(policy, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "trained")
+def test_averaged_weights(policy, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "trained")
     with pytest.raises(UserError, match="expected averaged weights .ema.safetensors"):
         Qwen2VLAPolicy.from_pretrained(str(tmp_path / "trained"), "cpu", ema=True)
     average = {name: 0.9 * p.detach() for name, p in policy.model.named_parameters() if not p.is_meta}
@@ -107,52 +98,54 @@ def test_averaged_weights(policy, folder, tmp_path):
     assert relative_error(act(averaged)[0], act(policy)[0]) > 1e-3
     merge([str(tmp_path / "trained"), "--output", str(tmp_path / "merged"), "--ema"])
     again = Qwen2VLAPolicy.from_pretrained(str(tmp_path / "merged"), "cpu")
-    assert np.array_equal(act(again)[0], act(averaged)[0])
-    with pytest.raises(UserError, match="ema"):
-        Qwen2VLAPolicy.from_pretrained(str(tmp_path / "trained"), "cpu", ema=True, bits=4)
+    assert relative_error(act(again)[0], act(averaged)[0]) < 1e-4
+    with pytest.raises(UserError, match="bits 8: expected 16 with averaged weights; python -m qwen2_vla.merge .*--ema"):
+        Qwen2VLAPolicy.from_pretrained(str(tmp_path / "trained"), "cpu", ema=True, bits=8)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised(policy, folder, bits):
-    quantised = Qwen2VLAPolicy.from_pretrained(folder, "cpu", bits=bits)
+def test_quantised(policy, checkpoint, bits, monkeypatch):
+    quantised = Qwen2VLAPolicy.from_pretrained(checkpoint, "cpu", bits=bits)
     kinds = {type(layer).__name__ for layer in quantised.model.model.language_model.modules()}
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
-    expected, (actions, text) = act(policy, reasoning="Pick."), act(quantised, reasoning="Pick.")
-    print(bits, relative_error(actions, expected[0]))
-    assert 0 < relative_error(actions, expected[0]) < 0.2 and text == "Pick."
-    assert act(quantised)[0].shape == (T, A)
+    actions, text = act(quantised)
+    assert actions.shape == (T, A) and np.isfinite(actions).all() and isinstance(text, str)
+    conditions = []
+    for one in (policy, quantised):
+        monkeypatch.setattr(one.model, "_denoise", lambda noise, condition, _: conditions.append(condition) or noise)
+        assert act(one, reasoning="Pick.")[1] == "Pick."
+    assert 0 < relative_error(conditions[1], conditions[0]) < {4: 0.3, 8: 0.03}[bits]
 
 
-def test_folders_that_cannot_act(folder, tiny_base, tmp_path):
-    def broken(change) -> str:
-        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
-        shutil.copytree(folder, tmp_path / "broken")
-        change(tmp_path / "broken")
-        return str(tmp_path / "broken")
+def test_folders_that_cannot_act(checkpoint, tiny_base, tmp_path):
+    def cut_off(path: Path):
+        weights = path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
 
     def rewrite(**stats):
         return lambda path: save_stats(STATS | stats, path)
 
-    for path, message in (
-        (str(tmp_path / "none"), "checkpoint: expected a folder, found none at"),
-        (tiny_base, "expected a DexVLA checkpoint, found a model without a policy head"),
-        (
-            broken(lambda path: (path / "dataset_stats.json").unlink()),
-            "no dataset_stats.json; python -m qwen2_vla.merge",
-        ),
-        (
-            broken(lambda path: (path / "dataset_stats.json").write_text("[]")),
-            "dataset_stats.json: expected statistics",
-        ),
-        (broken(lambda path: (path / "config.json").unlink()), "expected a DexVLA config.json"),
-        (broken(rewrite(action_min=np.zeros(7))), r"action_min: expected 14 finite numbers.*found shape \(7,\)"),
-        (broken(rewrite(qpos_std=np.full(14, np.nan))), "qpos_std: expected 14 finite numbers"),
-    ):
+    for number, (change, message) in enumerate((
+        (shutil.rmtree, "checkpoint: expected a folder, found none at"),
+        (lambda path: shutil.copy(Path(tiny_base, "config.json"), path), "found a model without a policy head"),
+        (lambda path: (path / "dataset_stats.json").unlink(), "found no dataset_stats.json; python -m qwen2_vla.merge"),
+        (lambda path: (path / "dataset_stats.json").write_text("[]"), "stats.json: expected statistics as training"),
+        (cut_off, "expected whole weights of its config.json, found .*"),
+        (lambda path: (path / "model.safetensors").unlink(), "expected whole weights of its config.json, found .*"),
+        (lambda path: (path / "config.json").unlink(), "expected config.json, found none"),
+        (rewrite(action_min=np.zeros(7)), r"action_min: expected 14 finite numbers.*found shape \(7,\)"),
+        (rewrite(qpos_std=np.full(14, np.nan)), "qpos_std: expected 14 finite numbers"),
+    )):  # fmt: skip
+        copy = tmp_path / str(number)
+        shutil.copytree(checkpoint, copy)
+        change(copy)
         with pytest.raises(UserError, match=message):
-            Qwen2VLAPolicy.from_pretrained(path, "cpu")
+            Qwen2VLAPolicy.from_pretrained(str(copy), "cpu")
+    with pytest.raises(UserError, match="bits: expected 4, 8 or 16, found 2"):
+        Qwen2VLAPolicy.from_pretrained(checkpoint, "cpu", bits=2)
     for device in ("no_such_device", "cuda:99"):
         with pytest.raises(UserError, match=f"device: expected one of this machine, .*found {device}"):
-            Qwen2VLAPolicy.from_pretrained(folder, device)
+            Qwen2VLAPolicy.from_pretrained(checkpoint, device)
 
 
 # ---- several observations at once ----
@@ -175,6 +168,21 @@ def test_a_batch_is_its_single_predictions(policy, mixed):
     assert not mixed or texts[1:] == ["Reach out.", ""]
     shared, _ = policy.predict([observations[0]] * 2, TEXTS[0], 4, noise=NOISE[[0, 0]])
     assert relative_error(shared[0], shared[1]) < 1e-4
+
+
+def test_a_batch_of_videos(tiny_base, tmp_path):
+    policy = Qwen2VLAPolicy.from_pretrained(
+        write_checkpoint(tmp_path, tiny_base, STATS, history_images_length=2), "cpu"
+    )
+    observations = [observed(2, history=2), observed(5, 1, history=2)]
+    options = {"reasoning": [None, "Reach out."]}
+    actions, texts = policy.predict(observations, TEXTS[:2], 4, noise=NOISE[:2], **options)
+    for i in range(2):
+        alone, text = policy.predict(observations[i], TEXTS[i], 4, noise=NOISE[i], reasoning=options["reasoning"][i])
+        assert relative_error(actions[i], alone) < 1e-4 and texts[i] == text
+    still = {camera: np.stack([frames[1]] * 2) for camera, frames in observations[0]["images"].items()}
+    moved, _ = policy.predict(observations[0] | {"images": still}, TEXTS[0], 4, noise=NOISE[0], reasoning="")
+    assert relative_error(moved, policy.predict(observations[0], TEXTS[0], 4, noise=NOISE[0], reasoning="")[0]) > 1e-3
 
 
 def test_drawn_noise_is_torchs(policy):
@@ -282,6 +290,19 @@ def test_recorded_frames_become_the_inputs_of_validation(policy, tmp_path, monke
         assert torch.equal(inputs[grid], item[grid]) and torch.equal(inputs["states"][0], item["state"])
 
 
+def test_large_jpegs(policy, tmp_path):
+    """Training decodes them only as far as it needs; the policy gets them whole. They differ by less than a grey level
+    on average."""
+    path = str(write_episode(tmp_path / "e.hdf5", size=(168, 112), jpeg=True))
+    data = EpisodicDataset([path], CAMERAS, STATS, T, image_size_stable=(84, 56), center_crop=True,
+                           transform=policy.process)  # fmt: skip
+    episode = open_episode(path)
+    observation = {"images": {name: episode.frame(name, 4) for name in CAMERAS}, "qpos": episode.qpos[4]}
+    assert observation["images"]["cam_high"].shape == (112, 168, 3)
+    for mine, its in zip(policy._inputs([observation], ["Go."], [STATS])["images"], data[4]["images"], strict=True):
+        assert (mine[0].float() - its.float()).abs().mean() < 0.5
+
+
 def test_frames_as_cameras_hand_them_over(policy):
     """Mirrored, swapped and cut views of arrays, and tensors, are what they look like."""
     expected = observed(3)
@@ -292,77 +313,3 @@ def test_frames_as_cameras_hand_them_over(policy):
     for images in (views, tensors):
         got, _ = policy.predict(expected | {"images": images}, TEXTS[0], 4, noise=NOISE[0])
         assert np.array_equal(got, act(policy)[0])
-
-
-# ---- what is wrong is named ----
-
-IMAGE = np.zeros((48, 64, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"qpos": np.zeros(7)}, r"observation: qpos: expected shape \(14,\), found \(7,\) of float64"),
-        ({"qpos": np.r_[0, 0, 0, np.nan, np.zeros(10)]}, r"observation: qpos\[3\]: expected finite numbers, found nan"),
-        ({"qpos": np.full(14, 1e300)}, r"observation: qpos\[0\]: expected finite numbers, found 1e\+300"),
-        ({"qpos": ["a"] * 14}, r"observation: qpos: expected shape \(14,\), found \(14,\) of <U1"),
-        ({"qpos": [[1], [1, 2]]}, "observation: qpos: expected an array, found list"),
-        ({"qpos": None}, r"observation: qpos: expected shape \(14,\), found \(\) of object"),
-        ({"images": [IMAGE] * 3}, "observation: images: expected a dict with cameras cam_high, .*, found list"),
-        ({"images": {}}, "observation: images: expected cameras cam_high, .*missing cam_high, .*, found none"),
-        ({"images": {"cam_high": IMAGE, "top": IMAGE}}, "missing cam_left_wrist, cam_right_wrist, found cam_high, top"),
-        (
-            {"cam_high": IMAGE / 255},
-            r"images\['cam_high'\]: expected \(height, width, 3\) of uint8, found .* of float64",
-        ),
-        ({"cam_high": IMAGE[..., 0]}, r"images\['cam_high'\]: expected .*, found \(48, 64\) of uint8"),
-        ({"cam_high": IMAGE.transpose(2, 0, 1)}, r"found \(3, 48, 64\) of uint8"),
-        ({"cam_high": IMAGE[:0]}, r"found \(0, 64, 3\) of uint8"),
-        ({"cam_high": np.stack([IMAGE, IMAGE])}, r"found \(2, 48, 64, 3\) of uint8"),
-        ({"cam_high": "frame.jpg"}, r"images\['cam_high'\]: expected .*, found \(\) of <U9"),
-    ],
-)
-def test_bad_observations_are_named(policy, change, message):
-    good = {"images": dict.fromkeys(CAMERAS, IMAGE), "qpos": np.zeros(14)}
-    bad = good | change if change.keys() <= good.keys() else good | {"images": good["images"] | change}
-    for observations in (bad, [good, bad]):
-        field = message.replace("observation:", "observation 1:") if observations is not bad else message
-        with pytest.raises(UserError, match=field):
-            policy.predict(observations, "Fold.")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"observation": "frame.jpg"},
-            "observation: expected a dict with images and qpos or a list of them, found str",
-        ),
-        ({"observation": []}, "observation: expected .*, found an empty list"),
-        ({"observation": [None]}, "observation: expected a dict with images and qpos, found NoneType"),
-        ({"observation": {"images": {}}}, "observation: expected images and qpos, found no qpos"),
-        ({"instruction": 7}, "instruction: expected text, found int"),
-        ({"instruction": ["Go."]}, "instruction: expected one, or a list of 2 .*found 1"),
-        ({"instruction": "see <|image_pad|>"}, r"instruction: expected plain words, found .*<\|image_pad\|>"),
-        ({"reasoning": "Go.<|im_end|>"}, r"reasoning: expected plain words, found .*<\|im_end\|>"),
-        ({"reasoning": [None, 3]}, "reasoning: expected text or None, found int"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a positive number, found 0"),
-        ({"unnorm_key": "franka"}, "unnorm_key: expected one of default, found franka"),
-        ({"unnorm_key": [["a"], None]}, r"unnorm_key: expected one of default, found \['a'\]"),
-        (
-            {"prefix": np.zeros((T + 1, A))},
-            r"prefix: expected finite numbers \(n, 14\), n at most 8, found shape \(9, 14\)",
-        ),
-        ({"prefix": np.zeros((2, 7))}, r"prefix: expected .*, found shape \(2, 7\)"),
-        ({"prefix": np.full((2, A), np.inf)}, "prefix: expected finite numbers"),
-        ({"prefix": [[[1], [1, 2]], None]}, "prefix: expected an array, found list"),
-        ({"prefix": np.zeros((2, A)), "frozen": 3}, "frozen: expected 0 to 2, the length of prefix, found 3"),
-        ({"prefix": np.zeros((2, A)), "frozen": 1.5}, "frozen: expected 0 to 2, the length of prefix, found 1.5"),
-        ({"frozen": [1]}, "frozen: expected one, or a list of 2 .*found 1"),
-        ({"noise": NOISE}, r"noise: expected finite numbers \(2, 8, 14\), found shape \(3, 8, 14\)"),
-    ],
-)
-def test_bad_arguments_are_named(policy, change, message):
-    arguments = {"observation": [observed(3), observed(4)], "instruction": "Go.", "max_new_tokens": 2} | change
-    with pytest.raises(UserError, match=f"^{message}"):
-        policy.predict(**arguments)

@@ -12,11 +12,12 @@ from scipy.stats import binomtest
 
 from aloha_scripts.scripted_policy import ScriptedPolicy, instruction
 from aloha_scripts.simulation import CAMERA_NAMES, GL_BACKEND, GL_MISSING, AlohaSimulation
-from data_utils import UserError, find_all_hdf5, get_norm_stats, save_stats
+from data_utils import UserError, find_all_hdf5, get_norm_stats
 from evaluate import rollout_sim
 from evaluate.closed_loop import ClosedLoop, Settings, confidence_interval, summarize
 from evaluate.simulated_robot import STEPS_AFTER_SUCCESS, Simulation
-from qwen2_vla.loading import build_config, load_model, load_processor
+
+from .helpers import write_checkpoint
 
 TRANSFER, INSERTION = "sim_transfer_cube_scripted", "sim_insertion_scripted"
 SIZE = (64, 48)  # width, height
@@ -190,13 +191,8 @@ def checkpoint(tiny_base, task, tmp_path_factory):
     from aloha_scripts.constants import TASK_CONFIGS
 
     folder = tmp_path_factory.mktemp("checkpoint")
-    data = {"camera_names": list(CAMERA_NAMES), "image_size_stable": [84, 56], "image_size_wrist": [56, 56],
-            "use_reasoning": True, "delta_control": False, "task_name": task}  # fmt: skip
-    config = build_config(tiny_base, depth=1, width=64, num_heads=4, chunk_size=8, data_config=data)
-    load_model(tiny_base, config).save_pretrained(folder)
-    load_processor(tiny_base).save_pretrained(folder)
-    save_stats(get_norm_stats(find_all_hdf5(TASK_CONFIGS[task]["dataset_dir"])), folder)
-    return str(folder)
+    stats = get_norm_stats(find_all_hdf5(TASK_CONFIGS[task]["dataset_dir"]))
+    return write_checkpoint(folder, tiny_base, stats, untrained=True, camera_names=list(CAMERA_NAMES))
 
 
 def command(monkeypatch, checkpoint, *options, task_name="sim_transfer_cube"):

@@ -5,13 +5,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 
-from data_utils import get_norm_stats, save_stats
-from qwen2_vla.loading import build_config, load_model, load_processor
+from data_utils import get_norm_stats
 
+from . import helpers
 from .helpers import write_episode
-from .lora_cases import HEAD
 
 with mock.patch.dict(os.environ):  # it sets how OpenGL is found, for all that renders afterwards
     from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
@@ -23,18 +21,12 @@ def write_checkpoint(
     base: str, folder: Path, cameras=("agentview", "wrist"), history: int = 1, actions: int = 7, delta: bool = False
 ) -> str:
     """A random policy with LIBERO's sizes: state 8, action 7; a chunk has 8 steps."""
-    data = {"camera_names": list(cameras), "image_size_stable": [56, 56], "image_size_wrist": [56, 56],
-            "use_reasoning": True, "delta_control": delta, "history_images_length": history}  # fmt: skip
-    torch.manual_seed(4)
-    model = load_model(base, build_config(base, **HEAD, action_dim=actions, state_dim=8, data_config=data))
-    for parameter in model.policy_head.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)  # an untrained head predicts nothing, whatever the condition
-    model.save_pretrained(folder)
-    load_processor(base).save_pretrained(folder)
     paths = [str(write_episode(folder / "episodes/0.hdf5", cameras=list(cameras), dim=8))]
     stats = get_norm_stats(paths)
-    save_stats({key: value[:actions] if key.startswith("action") else value for key, value in stats.items()}, folder)
-    return str(folder)
+    stats |= {key: value[:actions] for key, value in stats.items() if key.startswith("action")}
+    data = {"camera_names": list(cameras), "delta_control": delta, "history_images_length": history}
+    head = {"action_dim": actions, "state_dim": 8}
+    return helpers.write_checkpoint(folder, base, stats, head, **data, image_size_stable=[56, 56])
 
 
 def observation(step: int = 0, cameras=("agentview", "wrist"), **changes) -> dict:

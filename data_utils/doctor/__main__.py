@@ -10,11 +10,12 @@ without errors, else 1 (--strict: also for warnings).
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aloha_scripts.constants import TASK_CONFIGS
 
+from ..dataset import as_folders, folders_of_robots, robots_of
 from ..episodes import find_episodes, lerobot_folder
 from ..errors import UserError
 from ..normalization import STATS_JSON
@@ -34,25 +35,31 @@ class Selection:
     camera_names: list[str] | None = None
     camera_map: dict | None = None
     title: str = ""
+    robots: dict[str, list[str]] = field(default_factory=dict)  # robot -> the episodes of its statistics
+    groups: list[list[str]] | None = None  # episodes of one robot each
 
     @classmethod
     def of_task(cls, name: str, skip_mirrored_data: bool) -> "Selection":
         if name not in TASK_CONFIGS:
             raise UserError(f"--task_name: expected one of {', '.join(TASK_CONFIGS)}, found {name}")
         task = TASK_CONFIGS[name]
-        dirs, stats_dirs = (
-            [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
-            for folders in (task["dataset_dir"], task.get("stats_dir") or task["dataset_dir"])
-        )
+        dirs = as_folders(task["dataset_dir"])
+        robot_dirs = folders_of_robots(task.get("stats_dir"), dirs)
+        robot_of = robots_of(robot_dirs, dirs) if isinstance(task.get("stats_dir"), dict) else [""] * len(dirs)
+        stats_dirs = [folder for folders in robot_dirs.values() for folder in folders]
         keep = task.get("name_filter") or (lambda path: True)
         found = {folder: find_episodes(folder, skip_mirrored_data) for folder in dict.fromkeys([*dirs, *stats_dirs])}
         of = {folder: [p for p in paths if folder not in dirs or keep(p)] for folder, paths in found.items()}
         if not any(of[folder] for folder in dirs):
             raise UserError(f"--task_name {name}: its name_filter leaves no episode")
         paths = list(dict.fromkeys(path for folder in dirs for path in of[folder]))
-        stats_paths = [path for folder in stats_dirs for path in of[folder]]
-        stats = dict.fromkeys(map(Path, stats_dirs), stats_paths)
-        return cls(paths, stats, task["camera_names"], task.get("camera_map"), name)
+        robots = {robot: [path for folder in its for path in of[folder]] for robot, its in robot_dirs.items()}
+        stats = {Path(folder): robots[robot] for robot, its in robot_dirs.items() for folder in its}
+        groups = [
+            list(dict.fromkeys(path for folder, its in zip(dirs, robot_of) if its == robot for path in of[folder]))
+            for robot in robots
+        ]
+        return cls(paths, stats, task["camera_names"], task.get("camera_map"), name, robots, groups)
 
     @classmethod
     def of_paths(cls, given: list[str], skip_mirrored_data: bool) -> "Selection":
@@ -75,8 +82,8 @@ def find_problems(examination: Examination, selection: Selection, stats: str | N
     for folder, paths in owned.items():
         findings += examination.stats_findings(folder, paths, owned=folder != given)
     if given and given not in owned:
-        paths = next(iter(selection.stats_paths.values())) if selection.camera_names else selection.paths
-        findings += examination.stats_findings(given, paths, owned=False)
+        for robot, paths in (selection.robots or {"": selection.paths}).items():
+            findings += examination.stats_findings(given, paths, owned=False, robot=robot)
     return findings
 
 
@@ -149,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         use_reasoning=not args.no_reasoning,
         look_at_frames=not args.fast,
         report=bool(args.report),
+        groups=selection.groups,
     )
     findings = find_problems(examination, selection, args.stats)
     if args.fix:

@@ -25,6 +25,7 @@ class Examination:
     Args:
         camera_names, camera_map: of the task; without, what most episodes have.
         look_at_frames: whether frames are decoded. report: whether to keep what a report shows.
+        groups: episodes of one robot each, whose numbers can be compared; by default all.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Examination:
         use_reasoning: bool = True,
         look_at_frames: bool = True,
         report: bool = False,
+        groups: list[list[str]] | None = None,
     ):
         self.paths = paths
         self.chunk_size = chunk_size
         self.camera_names, self.camera_map = camera_names, camera_map
         self.use_reasoning = use_reasoning
         self.look_at_frames, self.report = look_at_frames, report
+        self.groups = groups or [paths]
         chosen = np.unique(np.linspace(0, len(paths) - 1, SHOWN).astype(int))
         self.shown = [paths[i] for i in chosen]
         self.summaries: dict[str, EpisodeSummary] = {}
@@ -83,16 +86,18 @@ class Examination:
         # A frame that start-up stumbles over was looked at again, with all others
         frames = {(finding.path, _camera(finding)) for finding in seen if finding.kind == "frames"}
         found = [f for f in found if f.kind != "frames" or (f.path, _camera(f)) not in frames]
-        found += fast_findings(summaries, self.chunk_size, self.camera_names, self.camera_map, reasoned)
+        for paths in self.groups:
+            alike = [self.summaries[path] for path in paths]
+            found += fast_findings(alike, self.chunk_size, self.camera_names, self.camera_map, reasoned)
         found += seen + exchanged_cameras(looks)
         order = {path: number for number, path in enumerate(self.paths)}
         kinds = list(KINDS)
         return sorted(found, key=lambda f: (not f.is_error, kinds.index(f.kind), order.get(f.path, -1)))
 
-    def stats_findings(self, folder: Path, paths: list[str], owned: bool) -> list[Diagnosis]:
+    def stats_findings(self, folder: Path, paths: list[str], owned: bool, robot: str = "") -> list[Diagnosis]:
         """Holds a folder's `dataset_stats.json` against the episodes `paths`, which need not be under examination."""
         summaries = self.summaries | summarize_all([path for path in paths if path not in self.summaries])
-        return check_stats(folder, [summaries[path] for path in paths], owned)
+        return check_stats(folder, [summaries[path] for path in paths], owned, robot)
 
     def headline(self) -> str:
         frames = sum(summary.length for summary in self.summaries.values())

@@ -27,17 +27,17 @@ def stats_folder(path: str) -> Path:
     return folder
 
 
-def check_stats(folder: Path, summaries: list[EpisodeSummary], owned: bool) -> list[Diagnosis]:
+def check_stats(folder: Path, summaries: list[EpisodeSummary], owned: bool, robot: str = "") -> list[Diagnosis]:
     """Holds a folder's statistics against the episodes. Nothing can be said while one of them is broken.
 
-    owned: the file lies with the data and may be written anew.
+    owned: the file lies with the data and may be written anew. robot: whose statistics, if the file holds several.
     """
     file = str(folder / STATS_JSON)
     actions, states = [s.action for s in summaries], [s.qpos for s in summaries]
     dims = [{moments and moments.dim for moments in part} for part in (actions, states)]
     sound = not any(s.findings for s in summaries) and all(len(part) == 1 and None not in part for part in dims)
     try:
-        stored = load_stats(folder)
+        stored = load_stats(folder, robot)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
         found = f"something else ({error})"
         advice = _advice(owned and sound)
@@ -51,7 +51,7 @@ def check_stats(folder: Path, summaries: list[EpisodeSummary], owned: bool) -> l
     for key, values in right.items():
         if key not in stored or stored[key].shape != values.shape:
             expected, found = f"{key} with {len(values)} numbers", str(getattr(stored.get(key), "shape", "none"))
-            return [warning("stats", file, "", expected, found, _advice(owned))]
+            return [warning("stats", file, robot, expected, found, _advice(owned))]
     # what is not finite is as wrong as can be
     wrong = {
         key: np.nan_to_num(np.abs(stored[key] - right[key]) / scales[key.split("_")[0]], nan=np.inf) for key in right
@@ -60,7 +60,8 @@ def check_stats(folder: Path, summaries: list[EpisodeSummary], owned: bool) -> l
     if not wrong[key].max() > TOLERANCE:
         return []
     d = int(wrong[key].argmax())
-    where, count = f"{key}, dimension {d}", sum(int((values > TOLERANCE).sum()) for values in wrong.values())
+    where = ", ".join(filter(None, [robot, key, f"dimension {d}"]))
+    count = sum(int((values > TOLERANCE).sum()) for values in wrong.values())
     expected = f"{right[key][d]:.6g}, as in the {len(summaries)} episodes"
     found = f"{stored[key][d]:.6g}" + (f" (and {count - 1} more numbers that differ)" if count > 1 else "")
     return [warning("stats", file, where, expected, found, _advice(owned))]
