@@ -9,7 +9,7 @@ import numpy as np
 from aloha_scripts.constants import JOINT_NAMES
 from data_utils import normalize_action
 
-STILL = 0.02  # of the median joint's range: joints that move less in the recording are shown, but not judged
+STILL = 0.1  # of the median joint's range: joints that move less in the recording are shown, but not judged
 LEAST_STEP = 0.005  # of a joint's range; a joint that mostly rests has smaller steps, which nothing can be held against
 LEAST_JERK = 0.002  # of a joint's range; planned trajectories have next to none
 LIMIT = 0.999  # of -1 .. 1: clip_sample cuts off what is beyond 1

@@ -17,14 +17,21 @@ from .configuration_scaledp import ScaleDPPolicyConfig
 from .diffusion import DiffusionPolicyHead, ZeroLinear
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x` (B, T, W) scaled and shifted by one vector (B, 1, W) per sample."""
-    return x * (1 + scale) + shift
+def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """`x` (B, T, W) normalised, then scaled and shifted by one vector (B, 1, W) per sample."""
+    if len(x) == 1 and x.dtype == factor.dtype:  # what a layer norm can do itself
+        return F.layer_norm(x, norm.normalized_shape, factor[0, 0], shift[0, 0], norm.eps)
+    return torch.addcmul(shift, norm(x), factor)
 
 
-def modulation(adaln: nn.Sequential, c: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Vectors (B, 1, W) out of the condition `c` (B, W), on which SiLU was done: it is the same for all blocks."""
-    return adaln[1](c).unsqueeze(1).chunk(parts, dim=-1)
+def modulation(adaln: nn.Sequential, c: Tensor, parts: int) -> list[Tensor]:
+    """Vectors (B, 1, W) out of the condition `c` (B, W), on which SiLU was done: it is the same for all blocks.
+
+    They are shift, factor and gate, as often as there are `parts`; what the layer yields for a factor is its
+    difference to 1.
+    """
+    vectors = adaln[1](c).unsqueeze(1).chunk(parts, dim=-1)
+    return [1 + vector if i % 3 == 1 else vector for i, vector in enumerate(vectors)]
 
 
 class TimestepEmbedder(nn.Module):
@@ -69,15 +76,16 @@ class ScaleDPBlock(GradientCheckpointingLayer):
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, T, W) action tokens, c (B, W) SiLU of the condition -> (B, T, W)."""
-        return self.update(x, *modulation(self.adaLN_modulation, c, 6))
-
-    def update(self, x, shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) -> Tensor:
-        """x (B, T, W) and what the condition makes of the layers, (B, 1, W) each -> (B, T, W)."""
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+    def forward(self, x: Tensor, c: Tensor | None = None, parts: list[Tensor] | None = None) -> Tensor:
+        """x (B, T, W) action tokens, c (B, W) SiLU of the condition, or instead of it its `modulation` -> (B, T, W)."""
+        shift_attn, factor_attn, gate_attn, shift_mlp, factor_mlp, gate_mlp = parts or self.modulation(c)
+        x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1, x, shift_attn, factor_attn)))
         # as rows, so that the layers need not make rows of it one by one
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).flatten(0, 1)).view_as(x)
+        rows = modulate(self.norm2, x, shift_mlp, factor_mlp).flatten(0, 1)  # (B * T, W)
+        return torch.addcmul(x, gate_mlp, self.mlp(rows).view_as(x))
+
+    def modulation(self, c: Tensor) -> list[Tensor]:
+        return modulation(self.adaLN_modulation, c, 6)
 
 
 class FinalLayer(nn.Module):
@@ -90,8 +98,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, T, W), (B, W) -> (B, T, A)
         return self.update(x, *modulation(self.adaLN_modulation, c, 2))
 
-    def update(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+    def update(self, x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        return self.linear(modulate(self.norm_final, x, shift, factor))
 
 
 class ScaleDP(DiffusionPolicyHead):
@@ -162,14 +170,14 @@ class ScaleDP(DiffusionPolicyHead):
         batch = len(states)
         t = torch.cat([torch.full((batch,), step, device=states.device) for step in steps])  # (N * B,)
         c = self._condition(t, hidden_states, states)  # (N * B, W)
-        layers = [(block, modulation(block.adaLN_modulation, c, 6)) for block in self.blocks]
+        layers = [(block, block.modulation(c)) for block in self.blocks]
         last = modulation(self.final_layer.adaLN_modulation, c, 2)
 
         def predict(i: int, x: Tensor) -> Tensor:
             rows = slice(i * batch, (i + 1) * batch)
             x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (B, T, W)
             for block, parts in layers:
-                x = block.update(x, *(part[rows] for part in parts))
+                x = block(x, parts=[part[rows] for part in parts])
             return self.final_layer.update(x, *(part[rows] for part in last)).float()  # (B, T, A)
 
         return predict

@@ -1,22 +1,59 @@
 """From prompts to action chunks: the acting half of the model."""
 
+from dataclasses import dataclass, field
+from itertools import takewhile
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .decoding import ReasoningWriter
-from .graphs import Replayed
+from .graphs import Graphs, Replayed
 from .patches import image_or_video_patches
 from .text import can_encode
 
 END = "<|im_end|>"
-ROOM_STEP, DRAFT_STEP = 128, 16  # tokens: buffers and captured graphs come in few sizes
-MOST_WRITERS = 4  # shapes of queries that keep their buffers
+ROOM_STEP, DRAFT_STEP = 128, 32  # tokens: buffers and captured graphs come in few sizes
+# Shapes of queries that keep their buffers: 24 MB a row of a batch for the full-size model (31 kB a token)
+MOST_WRITERS = 16
+MOST_COMPILED = 32  # shapes of one kind of block
+
+
+@dataclass
+class _Kept:
+    """What one query leaves to the next; `key` tells for which weights. A copy of the model starts without it."""
+
+    key: tuple = ()
+    graphs: Graphs | None = None
+    writers: dict[tuple, ReasoningWriter] = field(default_factory=dict)
+    denoise: Replayed | None = None
+
+    def __reduce__(self):
+        return _Kept, ()
 
 
 class ActingMixin:
-    """`predict_action` for a Qwen2-VL with a policy head."""
+    """`predict_action` for a Qwen2-VL with a policy head.
+
+    Attributes:
+        way_of_acting: "captured", as CUDA graphs where there are any; "fast", nothing is captured; or "plain",
+            transformers' `generate`. All give the same.
+        last_written: token ids of the answers to the last query in one of the first two ways, row by row.
+    """
+
+    way_of_acting = "captured"
+    last_written: list[list[int]] = []
+
+    def compile_for_acting(self, **options):
+        """Lets torch.compile, with its `options`, make fewer and larger kernels of the repeated blocks: minutes at the
+        first queries, less time afterwards."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(**options)
+        self.__dict__.pop("_kept", None)  # what was captured before
 
     @torch.no_grad()
     def predict_action(
@@ -35,7 +72,7 @@ class ActingMixin:
         position_ids: Tensor | None = None,
         *,
         answers: list[str | None] | None = None,
-        drafts: list[str] | None = None,
+        drafts: list[str | list[int]] | None = None,
         noise: Tensor | None = None,
         known: Tensor | None = None,
         known_weights: Tensor | None = None,
@@ -51,7 +88,7 @@ class ActingMixin:
             pixel_values, image_grid_thw and so on: as for `forward`; `images` instead of the pixel values too.
             tokenizer: decides where the reasoning ends (`<|im_end|>`) and decodes it.
             answers: texts to be taken as written; None where the model shall write. drafts: what it will probably
-                write ("" for no idea): saves time, changes nothing.
+                write ("" for no idea), as text or token ids: saves time, changes nothing.
             noise: (B, T, A), standard normal, that the chunk is denoised from; drawn if None.
             known, known_weights: (B, T, A) normalised and (B, T): actions to be inpainted, see `denoise` of the head.
             unnorm_key: a robot of `norm_stats` (see `from_pretrained`): the actions are then in its units.
@@ -91,7 +128,8 @@ class ActingMixin:
     def _can_write_fast(self) -> bool:
         config = self.model.language_model.config
         return (
-            config._attn_implementation == "sdpa"
+            self.way_of_acting != "plain"
+            and config._attn_implementation == "sdpa"
             and can_encode(self.model.language_model)
             and not self.config.is_tinyvla
         )
@@ -105,7 +143,7 @@ class ActingMixin:
         tokenizer,
         max_new_tokens: int,
         answers: list[str | None] | None,
-        drafts: list[str] | None,
+        drafts: list[str | list[int]] | None,
     ) -> tuple[Tensor, list[str]]:
         """Condition (B, 1, D) and the B texts."""
         batch, length = input_ids.shape
@@ -114,10 +152,12 @@ class ActingMixin:
         texts = [draft if answer is None else answer for answer, draft in zip(answers, drafts or [""] * batch)]
         tokens = _tokenize(tokenizer, texts)
         tokens = [ids if is_given else ids[: max_new_tokens - 1] for ids, is_given in zip(tokens, given)]
-        longest = _round_up(max(map(len, tokens)), DRAFT_STEP)
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens], dtype=torch.long).view(
-            batch, longest
-        )
+        pictures = (self.config.image_token_id, self.config.video_token_id)  # have no place in a text
+        tokens = [list(takewhile(lambda token: token not in pictures, ids)) for ids in tokens]
+        longest = max(map(len, tokens))
+        if self._graphs() is not None:  # none is as long as few, or the second query would be captured, too
+            longest = _round_up(max(longest, 1), DRAFT_STEP)
+        padded = [ids + [0] * (longest - len(ids)) for ids in tokens]
         most = _round_up(max(max_new_tokens, longest) + 1, ROOM_STEP)
         writer = self._writer(batch, _round_up(length + most, ROOM_STEP), most, tokenizer.convert_tokens_to_ids(END))
         device = input_ids.device
@@ -126,36 +166,39 @@ class ActingMixin:
             attention_mask,
             position_ids,
             images,
-            padded.to(device),
+            torch.tensor(padded, dtype=torch.long, device=device).view(batch, longest),
             torch.tensor([len(ids) for ids in tokens], device=device),
             torch.tensor(given, device=device),
             max_new_tokens,
         )
-        condition = self.fuse(
-            torch.cat([writer.hidden, writer.states], dim=1),
-            *_side_by_side(
-                torch.arange(writer.hidden.shape[1], device=device) < writer.asked[:, None], writer.answer()
-            ),
-        )  # (B, 1, D)
-        written = [ids[: n + 1] for ids, n in zip(writer.written.tolist(), writer.count.tolist())]
-        written = tokenizer.batch_decode(written, skip_special_tokens=True)
+        condition = writer.condition()  # (B, 1, D)
+        self.last_written = [ids[: n + 1] for ids, n in zip(writer.written.tolist(), writer.count.tolist())]
+        written = tokenizer.batch_decode(self.last_written, skip_special_tokens=True)
         return condition, [answer if answer is not None else text for answer, text in zip(answers, written)]
 
+    def _kept_for_queries(self) -> "_Kept":
+        """Made anew when the weights have moved or the way has changed."""
+        weight = self.get_input_embeddings().weight
+        key = (weight.data_ptr(), weight.device, weight.dtype, self.way_of_acting)
+        if "_kept" not in self.__dict__ or self._kept.key != key:
+            captures = weight.is_cuda and self.way_of_acting == "captured" and not getattr(self, "is_quantized", False)
+            graphs = Graphs(weight.device) if captures else None
+            self.__dict__["_kept"] = _Kept(key, graphs, {}, Replayed(self.policy_head.denoise, graphs))
+        return self._kept
+
+    def _graphs(self) -> Graphs | None:
+        return self._kept_for_queries().graphs
+
     def _writer(self, batch: int, room: int, most: int, end: int) -> ReasoningWriter:
-        """The one for queries of this shape on the model's present device; the last few are kept."""
-        writers: dict[tuple, ReasoningWriter] = self.__dict__.setdefault("_writers", {})
-        key = (batch, room, most, end, self.device, self.dtype)
-        if key not in writers:
-            if len(writers) == MOST_WRITERS:
-                del writers[next(iter(writers))]
-            writers[key] = ReasoningWriter(self, batch, room, most, end)
+        """The one for queries of this shape; those that were used last are kept."""
+        writers, key = self._kept_for_queries().writers, (batch, room, most, end)
+        if key not in writers and len(writers) == MOST_WRITERS:
+            del writers[next(iter(writers))]
+        writers[key] = writers.pop(key, None) or ReasoningWriter(self, batch, room, most, end, self._graphs())
         return writers[key]
 
     def _denoise(self, *tensors: Tensor) -> Tensor:
-        graphs = tensors[0].is_cuda and not getattr(self, "is_quantized", False)
-        if "_replayed_denoise" not in self.__dict__:
-            self.__dict__["_replayed_denoise"] = Replayed(lambda *args: self.policy_head.denoise(*args), graphs)
-        return self._replayed_denoise(*tensors)
+        return self._kept_for_queries().denoise(*tensors)
 
     def _write_plainly(self, inputs: dict, tokenizer, max_new_tokens: int) -> tuple[Tensor, list[str]]:
         """Condition (B, 1, D) and the B texts, with transformers' own decoding."""
@@ -229,8 +272,8 @@ def _side_by_side(prompt: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    return [tokenizer(text).input_ids for text in texts]
+def _tokenize(tokenizer, texts: list[str | list[int]]) -> list[list[int]]:
+    return [tokenizer(text).input_ids if isinstance(text, str) else text for text in texts]
 
 
 def _round_up(number: int, step: int) -> int:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from .acting import ActingMixin
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .fusion import ActionProjector, FiLM, masked_mean
 from .patches import image_or_video_patches
-from .text import can_encode, encode_tokens, speed_up
+from .text import LayerCache, can_encode, encode_tokens, speed_up
 from .vision import attend_in_groups, encode_images
 
 logger = logging.get_logger(__name__)
@@ -144,7 +144,7 @@ class Qwen2VLForConditionalGenerationForVLA(ActingMixin, Qwen2VLForConditionalGe
         attention_mask: Tensor,
         position_ids: Tensor,
         images: list[Tensor],
-        store: Callable | None = None,
+        store: list[LayerCache] | None = None,
     ) -> Tensor:
         """What `self.model` computes, hidden states (B, L, D), without a question to the device. Every row's real
         tokens come first, what follows them means nothing; `store` as in `encode_tokens`."""

@@ -4,7 +4,7 @@ transformers looks on the device whether a batch has padding, masks it out and s
 Here real tokens come first in every row: then causal attention alone keeps them from seeing any padding.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,25 +46,53 @@ class _RMSNorm(torch.autograd.Function):
         return of_x.to(x.dtype), of_weight, None
 
 
+class LayerCache(NamedTuple):
+    """A layer's keys and values, (B, heads, M, d) each, in place for all queries of one shape.
+
+    Without the others it takes the first L tokens, which attend causally to one another. With them it takes one token a
+    row at `index`, (B, heads, 1, d), which attends to the M places as `bias` (B, 1, 1, M), 0 or -inf, allows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    index: Tensor | None = None
+    bias: Tensor | None = None
+
+
 class BatchAttention(Qwen2VLAttention):
     """Takes all tokens of a batch as rows, too: (B * L, D), with position embeddings (B, 1, L, head_dim)."""
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, position_embeddings=None, store=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        store: LayerCache | None = None,
+        **kwargs,
+    ):
         if hidden_states.ndim == 3:
             return super().forward(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
         cos, sin = position_embeddings
-        shape = (cos.shape[0], cos.shape[2], -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)  # (B, heads, L, d)
-        q, k, mask = rotate(q, cos, sin), rotate(k, cos, sin), None
+        batch, length, rows = cos.shape[0], cos.shape[2], len(hidden_states)
+        qk = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1)  # (B * L, (heads + kv) * d)
+        qk = rotate(qk.view(batch, length, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, heads + kv, L, d)
+        v = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, kv, L, d)
+        q, k = qk.split([qk.shape[1] - v.shape[1], v.shape[1]], dim=1)
+        if store is not None and store.index is not None:
+            keys, values = store.keys.scatter_(2, store.index, k), store.values.scatter_(2, store.index, v)
+            # heads that share keys and values are as good as rows of one head: nothing need be repeated for them
+            grouped = q.reshape(batch, v.shape[1], -1, self.head_dim)
+            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=store.bias, scale=self.scaling)
+            return self.o_proj(output.reshape(rows, -1)), None
         if store is not None:
-            k, v, mask = store(self.layer_idx, k, v)
+            store.keys[:, :, :length] = k
+            store.values[:, :, :length] = v
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.attention_dropout if self.training else 0.0
-        output, _ = attend(self, q, k, v, attention_mask=mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(output.reshape(len(hidden_states), -1)), None
+        output, _ = attend(self, q, k, v, attention_mask=None, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(output.reshape(rows, -1)), None
 
 
 def speed_up(model: Qwen2VLTextModel):
@@ -82,16 +110,14 @@ def can_encode(model: Qwen2VLTextModel) -> bool:
 
 
 def encode_tokens(
-    model: Qwen2VLTextModel, embeddings: Tensor, position_ids: Tensor, store: Callable | None = None
+    model: Qwen2VLTextModel, embeddings: Tensor, position_ids: Tensor, store: list[LayerCache] | None = None
 ) -> Tensor:
     """Embeddings (B, L, D) and positions (3, B, L) of rows that begin with their real tokens -> hidden states
-    (B, L, D) after the final norm; those of padding mean nothing.
-
-    `store` takes a layer's index, keys and values (B, heads, L, d), and returns those to attend to, and a mask.
+    (B, L, D) after the final norm; those of padding mean nothing. `store`: where each layer puts its keys and values.
     """
     cos, sin = model.rotary_emb(embeddings, position_ids)  # (B, L, head_dim)
     position_embeddings = cos[:, None], with_signs(sin)[:, None]
     hidden_states = embeddings.flatten(0, 1)  # (B * L, D)
-    for layer in model.layers:
-        hidden_states = layer(hidden_states, position_embeddings=position_embeddings, use_cache=False, store=store)
+    for layer, kept in zip(model.layers, store or [None] * len(model.layers), strict=True):
+        hidden_states = layer(hidden_states, position_embeddings=position_embeddings, use_cache=False, store=kept)
     return model.norm(hidden_states).view_as(embeddings)

@@ -76,8 +76,8 @@ def encode_images(visual: Qwen2VisionTransformerPretrainedModel, images: list[Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (…, head_dim), with the sine `with_signs`: half of the usual operations."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    """Rotary embedding of x (…, head_dim), with the sine `with_signs`: in three operations."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def with_signs(sin: Tensor) -> Tensor:

@@ -81,10 +81,9 @@ def test_a_draft_changes_nothing_but_the_number_of_steps(model, inputs, tokenize
         if wrong_from is not None and wrong_from < len(tokens):
             tokens[wrong_from] += 1
         drafts.append(tokens)
-    del model._writers  # it has captured the step
+    model._kept.writers.clear()  # the writer has kept the step
     # by token: a draft that is decoded and tokenised again may be cut into other tokens
-    monkeypatch.setattr(acting, "_tokenize", lambda tokenizer, texts: drafts)
-    got = model.predict_action(**inputs, tokenizer=tokenizer, max_new_tokens=LIMIT, drafts=["", ""])
+    got = model.predict_action(**inputs, tokenizer=tokenizer, max_new_tokens=LIMIT, drafts=drafts)
     assert relative_error(got[0], expected[0]) < 1e-5
     assert got[1] == expected[1]
     right = LIMIT - 1 if wrong_from is None else min(wrong_from, LIMIT - 1)
@@ -134,7 +133,7 @@ def test_buffers_hold_nothing_of_the_query_before(model, inputs, tokenizer):
 def test_nothing_is_asked_of_the_device_within_a_part(model, inputs, tokenizer):
     """Else it could not be captured as a CUDA graph."""
     model.predict_action(**inputs, tokenizer=tokenizer, max_new_tokens=LIMIT)
-    (writer,) = model._writers.values()
+    (writer,) = model._kept.writers.values()
     drafts = torch.zeros(2, 16, dtype=torch.long)
     prompt = [inputs[key] for key in ("input_ids", "attention_mask", "position_ids")]
     lengths = torch.tensor([3, 0])
