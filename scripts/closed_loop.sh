@@ -20,12 +20,12 @@ TASK=sim_transfer_cube_scripted
 export DEXVLA_DATA_DIR=$OUT/data
 
 case $PRESET in
-    gpu) # 48 M Qwen2-VL, 33 M head; cube anywhere
+    gpu) # 48 M Qwen2-VL, 35 M head; cube anywhere
         SIZE=small EPISODES=${EPISODES:-200} SPREAD=${SPREAD:-1} STEPS=${STEPS:-60000} WORKERS=12 ENVS=10
         flags=(--policy_head_size ScaleDP_S --per_device_train_batch_size 64 --learning_rate 3e-4 --noise_samples 4
             --chunk_size 50 --image_size_stable "(252,196)" --image_size_wrist "(168,126)")
         ;;
-    cpu) # 0.6 M Qwen2-VL, 3 M head; cube within 2 x 2 cm
+    cpu) # 0.6 M Qwen2-VL, 4 M head; cube within 2 x 2 cm
         SIZE=tiny EPISODES=${EPISODES:-20} SPREAD=${SPREAD:-0.1} STEPS=${STEPS:-3000} WORKERS=1 ENVS=2
         flags=(--policy_head_size ScaleDP_XS --per_device_train_batch_size 16 --learning_rate 2e-3 --noise_samples 4
             --chunk_size 25 --image_size_stable "(112,84)" --image_size_wrist "(56,56)")
