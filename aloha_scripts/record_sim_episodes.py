@@ -22,7 +22,6 @@ if __package__ in (None, ""):  # run as a script: make the clone importable, as 
 import argparse
 import functools
 import multiprocessing
-import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from aloha_scripts import flag_types
 from aloha_scripts.constants import TASK_CONFIGS
 from aloha_scripts.scripted_policy import ScriptedPolicy, instruction, substep_reasonings
 from aloha_scripts.simulation import CAMERA_NAMES, MAX_REWARD, SIM_TASKS, AlohaSimulation, RenderingError
@@ -188,33 +188,6 @@ def _boolean(text):
     return text.lower() == "true"
 
 
-def _integer(lowest, highest):
-    def parse(text):
-        if not text.isdecimal() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"expected an integer from {lowest} to {highest}, found {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _share(text):
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
-    return share
-
-
-def _image_size(text):
-    match = re.fullmatch(r"\(?\s*(\d+)\s*,\s*(\d+)\s*\)?", text)
-    size = tuple(int(number) for number in match.groups()) if match else (0, 0)
-    if not (16 <= size[0] <= 640 and 16 <= size[1] <= 480):  # 640x480 is the size of the models' render buffer
-        raise argparse.ArgumentTypeError(f'expected "(width,height)" from (16,16) to (640,480), found {text!r}')
-    return size
-
-
 def _task_name(text):
     if text not in SIM_TASKS:
         raise argparse.ArgumentTypeError(f"unknown simulated task {text!r}; known: {', '.join(SIM_TASKS)}")
@@ -226,16 +199,16 @@ def main(argv=None):
     add = parser.add_argument
     add("--task_name", type=_task_name, required=True, help=" or ".join(SIM_TASKS))
     add("--dataset_dir", type=Path, help="default: the task's folder in TASK_CONFIGS")
-    add("--num_episodes", type=_integer(1, 10**6), default=50, help="those already there count (default: 50)")
-    add("--seed", type=_integer(0, 10**9), default=0, help="episode i starts from seed + i (default: 0)")
+    add("--num_episodes", type=flag_types.integer(1, 10**6), default=50, help="those already there count (default: 50)")
+    add("--seed", type=flag_types.integer(0, 10**9), default=0, help="episode i starts from seed + i (default: 0)")
     help_spread = "share of the objects' area, about its middle, that starts are drawn from; 0: one start (default: 1)"
-    add("--spread", type=_share, default=1.0, help=help_spread)
+    add("--spread", type=flag_types.share, default=1.0, help=help_spread)
     add("--jpeg", type=_boolean, default=True, help="store frames as JPEG, else raw (default: True)")
-    add("--jpeg_quality", type=_integer(1, 100), default=90, help="default: 90")
-    add("--image_size", type=_image_size, default=(640, 480), help='default: "(640,480)", width and height')
+    add("--jpeg_quality", type=flag_types.integer(1, 100), default=90, help="default: 90")
+    add("--image_size", type=flag_types.image_size, default=(640, 480), help='default: "(640,480)", width and height')
     add("--fast_rendering", type=_boolean, default=True, help="no shadows, no smoothed edges (default: True)")
     cores = min(4, os.cpu_count() or 1)
-    add("--num_workers", type=_integer(1, 256), default=cores, help=f"processes (default here: {cores})")
+    add("--num_workers", type=flag_types.integer(1, 256), default=cores, help=f"processes (default here: {cores})")
     args = parser.parse_args(argv)
     try:
         record(

@@ -5,39 +5,13 @@ OUTPUT/rollouts.json.
 """
 
 import argparse
-import re
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from aloha_scripts.flag_types import image_size, integer, share
+
 # The simulator processes import this file too: what is large is imported where it is used.
-
-
-def _integer(least: int):
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, found {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
-    return share
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\(?\s*(\d+)\s*,\s*(\d+)\s*\)?", text)
-    size = tuple(int(number) for number in match.groups()) if match else (0, 0)
-    if not (16 <= size[0] <= 640 and 16 <= size[1] <= 480):  # 640x480 is the size of the models' render buffer
-        raise argparse.ArgumentTypeError(f'expected "(width,height)" from (16,16) to (640,480), found {text!r}')
-    return size
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,24 +19,58 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder written by training")
     add("--task_name", required=True, help="sim_transfer_cube or sim_insertion")
-    add("--num_rollouts", type=_integer(1), default=50, help="default: 50")
-    add("--seed", type=_integer(0), default=1000, help="rollout i places the objects by seed + i (default: 1000)")
-    add("--noise_seed", type=_integer(0), default=0, help="of the diffusion noise (default: 0)")
-    add("--num_envs", type=_integer(1), default=1, help="robots simulated at once, a process each (default: 1)")
-    add("--query_frequency", type=_integer(1), help="steps between two chunks (default: the chunk; with --ensemble 1)")
+    add("--num_rollouts", type=integer(1), default=50, help="default: 50")
+    add(
+        "--seed",
+        type=integer(0),
+        default=1000,
+        help="rollout i places the objects by seed + i (default: 1000)",
+    )
+    add("--noise_seed", type=integer(0), default=0, help="of the diffusion noise (default: 0)")
+    add(
+        "--num_envs",
+        type=integer(1),
+        default=1,
+        help="robots simulated at once, a process each (default: 1)",
+    )
+    add(
+        "--query_frequency",
+        type=integer(1),
+        help="steps between two chunks (default: the chunk; with --ensemble 1)",
+    )
     add("--ensemble", action="store_true", help="temporal ensembling, as in ACT")
     add("--decay", type=float, default=0.01, help="of the ensemble's weights, from the oldest on (default: 0.01)")
     add("--smoothing", type=float, default=0.0, help="share of the last action that is kept, 0 .. <1 (default: 0)")
-    add("--blend", type=_integer(0), default=0, help="steps over which a new chunk fades in (default: 0)")
-    add("--spread", type=_share, default=1.0, help="share of the objects' area to start from, 0 .. 1 (default: 1)")
-    add("--max_steps", type=_integer(1), default=400, help="of 0.02 s (default: 400)")
-    add("--image_size", type=_image_size, default=(320, 240), help='rendered width and height (default: "(320,240)")')
+    add("--blend", type=integer(0), default=0, help="steps over which a new chunk fades in (default: 0)")
+    add(
+        "--spread",
+        type=share,
+        default=1.0,
+        help="share of the objects' area to start from, 0 .. 1 (default: 1)",
+    )
+    add("--max_steps", type=integer(1), default=400, help="of 0.02 s (default: 400)")
+    add(
+        "--image_size",
+        type=image_size,
+        default=(320, 240),
+        help='rendered width and height (default: "(320,240)")',
+    )
     add("--output", type=Path, help="folder (default: CHECKPOINT/rollouts)")
     add("--no_video", action="store_true")
-    add("--video_every", type=_integer(1), default=10, help="steps between the frames of a video (default: 10)")
-    add("--reasoning_every", type=_integer(1), default=1, help="queries for which a reasoning is used (default: 1)")
+    add(
+        "--video_every",
+        type=integer(1),
+        default=10,
+        help="steps between the frames of a video (default: 10)",
+    )
+    add(
+        "--reasoning_every",
+        type=integer(1),
+        default=1,
+        help="queries for which a reasoning is used (default: 1)",
+    )
     add("--no_reasoning", action="store_true", help="the policy writes none, which is faster")
-    add("--max_new_tokens", type=_integer(1), default=256, help="of a reasoning, at most (default: 256)")
+    add("--max_new_tokens", type=integer(1), default=256, help="of a reasoning, at most (default: 256)")
     add("--unnorm_key", help="the robot, for a checkpoint trained on several")
     add("--ema", action="store_true", help="act with the averaged weights of --using_ema True")
     add("--bits", type=int, default=16, choices=(4, 8, 16), help="of the backbone's weights (default: 16)")
