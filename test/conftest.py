@@ -86,6 +86,19 @@ def task(tmp_path_factory):
     del TASK_CONFIGS["test_task"]
 
 
+@pytest.fixture(scope="session")
+def aloha_checkpoint(tiny_base, task, tmp_path_factory):
+    """Folder of a tiny policy with the simulator's cameras."""
+    from . import serving
+
+    return serving.write_checkpoint(tmp_path_factory.mktemp("aloha"), tiny_base, task)
+
+
+@pytest.fixture(scope="session")
+def aloha_policy(aloha_checkpoint):
+    return Qwen2VLAPolicy.from_pretrained(aloha_checkpoint, device="cpu")
+
+
 @pytest.fixture
 def dataset(tmp_path):
     """Three episodes of 12 frames without labels, one of them in a folder below and compressed."""

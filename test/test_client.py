@@ -13,23 +13,16 @@ from aloha_scripts.simulation import GL_BACKEND, GL_MISSING
 from evaluate import client as client_module
 from evaluate.client import AsyncChunks, Chunks, PolicyClient, PolicyError, run
 from evaluate.serving import Batcher
-from qwen2_vla import Qwen2VLAPolicy
 
 from .helpers import ROOT
-from .serving import CHUNK, DIM, observation, serving, write_checkpoint
+from .serving import CHUNK, DIM, observation, serving
 
 needs_gl = pytest.mark.skipif(GL_BACKEND == "off", reason=GL_MISSING.format(backend=GL_BACKEND))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_base, task, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_base, task)
-
-
-@pytest.fixture(scope="module")
-def url(checkpoint):
-    policy = Qwen2VLAPolicy.from_pretrained(checkpoint, device="cpu")
-    with serving(policy, batcher=Batcher(policy, max_new_tokens=3)) as address:
+def url(aloha_policy):
+    with serving(aloha_policy, batcher=Batcher(aloha_policy, max_new_tokens=3)) as address:
         yield f"ws://{address}"
 
 
@@ -215,8 +208,8 @@ def test_command_drives_the_simulator(url, monkeypatch, capsys):
             command(*flags)
 
 
-def test_load(checkpoint):
-    command = [sys.executable, "benchmarks/serve_load.py", "--checkpoint", checkpoint, "--device", "cpu"]
+def test_load(aloha_checkpoint):
+    command = [sys.executable, "benchmarks/serve_load.py", "--checkpoint", aloha_checkpoint, "--device", "cpu"]
     flags = [
         "--clients",
         "8",
@@ -239,7 +232,7 @@ def test_load(checkpoint):
     assert re.search(r"latency p50 [\d.]+ ms, p99 [\d.]+ ms", done.stdout)
 
 
-def test_load_reports_what_fails(url, checkpoint):
+def test_load_reports_what_fails(url, aloha_checkpoint):
     def load(*flags: str) -> str:
         command = [sys.executable, "benchmarks/serve_load.py", "--clients", "2", "--seconds", "1", *flags]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)

@@ -18,7 +18,6 @@ from websockets.sync.client import connect
 from evaluate.client import PolicyClient, PolicyError
 from evaluate.serving import Batcher, Limits, RequestReader
 from evaluate.wire import pack, to_json, unpack
-from qwen2_vla import Qwen2VLAPolicy
 
 from .serving import (
     CAMERAS,
@@ -33,34 +32,25 @@ from .serving import (
     request,
     serving,
     slowed,
-    write_checkpoint,
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_base, task, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_base, task)
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return Qwen2VLAPolicy.from_pretrained(checkpoint, device="cpu")
-
-
 @pytest.fixture
-def policy(loaded, monkeypatch):
+def policy(aloha_policy, monkeypatch):
     """The policy; what is done to its `predict` lasts for one test. It writes three tokens of reasoning."""
-    predict = loaded.predict
-    monkeypatch.setattr(loaded, "predict", lambda *args, **kwargs: predict(*args[:2], 3, **kwargs))
-    return loaded
+    predict = aloha_policy.predict
+    monkeypatch.setattr(aloha_policy, "predict", lambda *args, **kwargs: predict(*args[:2], 3, **kwargs))
+    return aloha_policy
 
 
 @pytest.fixture(scope="module")
-def server(loaded):
+def server(aloha_policy):
     """Address of a server with small limits, for requests that do it no harm."""
-    reader = RequestReader(loaded, max_image=(200, 100))
+    reader = RequestReader(aloha_policy, max_image=(200, 100))
     limits = Limits(timeout=60, max_body=2**20)
-    with serving(loaded, reader=reader, limits=limits, batcher=Batcher(loaded, max_new_tokens=3)) as address:
+    with serving(
+        aloha_policy, reader=reader, limits=limits, batcher=Batcher(aloha_policy, max_new_tokens=3)
+    ) as address:
         yield address
 
 

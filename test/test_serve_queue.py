@@ -21,7 +21,6 @@ from evaluate.client import PolicyClient, PolicyError
 from evaluate.serve import bind, is_loopback, main
 from evaluate.serving import Batcher, Limits, PolicyServer
 from evaluate.wire import pack, unpack
-from qwen2_vla import Qwen2VLAPolicy
 
 from .helpers import ROOT
 from .serving import (
@@ -34,26 +33,15 @@ from .serving import (
     request,
     serving,
     slowed,
-    write_checkpoint,
 )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_base, task, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_base, task)
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    return Qwen2VLAPolicy.from_pretrained(checkpoint, device="cpu")
-
-
 @pytest.fixture
-def policy(loaded, monkeypatch):
+def policy(aloha_policy, monkeypatch):
     """The policy; what is done to its `predict` lasts for one test. It writes three tokens of reasoning."""
-    predict = loaded.predict
-    monkeypatch.setattr(loaded, "predict", lambda *args, **kwargs: predict(*args[:2], 3, **kwargs))
-    return loaded
+    predict = aloha_policy.predict
+    monkeypatch.setattr(aloha_policy, "predict", lambda *args, **kwargs: predict(*args[:2], 3, **kwargs))
+    return aloha_policy
 
 
 def test_a_failure_hits_its_query_only(policy, monkeypatch):
@@ -213,15 +201,15 @@ def test_what_is_queued_is_answered_before_it_stops(policy, monkeypatch):
             PolicyClient(f"ws://{address}")
 
 
-def test_command_serves_until_a_signal(checkpoint):
+def test_command_serves_until_a_signal(aloha_checkpoint):
     process = subprocess.Popen(
-        [sys.executable, "-m", "evaluate.serve", "--checkpoint", checkpoint, "--device", "cpu", "--port", "0",
+        [sys.executable, "-m", "evaluate.serve", "--checkpoint", aloha_checkpoint, "--device", "cpu", "--port", "0",
          "--max_new_tokens", "3", "--no_reasoning", "--host", "0.0.0.0"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     line = process.stdout.readline()
     shapes = "cameras top, left_wrist, right_wrist, state 14, chunk 8 x 14"
-    found = re.fullmatch(rf"serving {checkpoint} on ws://0.0.0.0:(\d+) \({shapes}\)\n", line)
+    found = re.fullmatch(rf"serving {aloha_checkpoint} on ws://0.0.0.0:(\d+) \({shapes}\)\n", line)
     assert found, line + process.communicate()[1]
     with PolicyClient(f"ws://127.0.0.1:{found[1]}") as client:
         assert_answers(client.infer(observation()))
@@ -233,14 +221,14 @@ def test_command_serves_until_a_signal(checkpoint):
     assert "whoever reaches 0.0.0.0 can use this server" in errors and "Traceback" not in errors
 
 
-def test_flags_are_checked(checkpoint, monkeypatch):
+def test_flags_are_checked(aloha_checkpoint, monkeypatch):
     for flags, expected in [
         (["--max_batch", "0"], "--max_batch: expected more than 0, found 0"),
         (["--api_key", " "], "--api_key: expected a key, found nothing"),
         (["--port", "-1"], "--port: expected 0 to 65535, found -1"),
         (["--port", "0", "--checkpoint", "nowhere"], "checkpoint.*nowhere"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["serve", "--checkpoint", checkpoint, *flags])
+        monkeypatch.setattr(sys, "argv", ["serve", "--checkpoint", aloha_checkpoint, *flags])
         with pytest.raises(UserError, match=expected):
             main()
 
