@@ -176,7 +176,7 @@ def main():
     )
     add = parser.add_argument
     add("--url", default="ws://127.0.0.1:8000", help="of the policy server")
-    add("--api_key", default=os.environ.get("DEXVLA_API_KEY"), help="the server's (default: DEXVLA_API_KEY)")
+    add("--api_key", help="the server's; the environment variable DEXVLA_API_KEY does not show in `ps`")
     add("--task_name", default="sim_transfer_cube", help="task of the simulator")
     add("--steps", type=int, default=400, help="control steps")
     add("--fps", type=float, default=FPS, help="control steps a second; 0: as fast as it can")
@@ -184,16 +184,20 @@ def main():
     add("--query_frequency", type=int, help="steps between queries (default: the chunk, or half with --asynchronous)")
     add("--asynchronous", action="store_true", help="compute the next chunk while the running one is executed")
     args = parser.parse_args()
-    if args.steps < 1 or args.fps < 0:
+    if args.steps < 1 or not 0 <= args.fps < float("inf"):
         raise PolicyError(f"--steps, --fps: expected at least 1 and 0, found {args.steps} and {args.fps:g}")
+    if not 0 <= args.seed < 2**32:
+        raise PolicyError(f"--seed: expected 0 to 2^32 - 1, found {args.seed}")
     if args.asynchronous and not args.fps:
         raise PolicyError("--fps: expected the robot's control rate with --asynchronous, found 0")
 
-    with PolicyClient(args.url, args.api_key) as client:
+    with PolicyClient(args.url, args.api_key or os.environ.get("DEXVLA_API_KEY")) as client:
         chunk, delta_control = client.metadata["chunk_size"], client.metadata["delta_control"]
         if client.metadata["history_images_length"] > 1:
             raise PolicyError("the policy takes several frames per camera, which this example does not send")
-        query_frequency = args.query_frequency or (max(1, chunk // 2) if args.asynchronous else chunk)
+        query_frequency = args.query_frequency
+        if query_frequency is None:
+            query_frequency = max(1, chunk // 2) if args.asynchronous else chunk
         if not 1 <= query_frequency <= chunk:
             raise PolicyError(f"--query_frequency: expected 1 to the chunk's {chunk} actions, found {query_frequency}")
         robot = SimulatedAloha(args.task_name, client.metadata["camera_names"])

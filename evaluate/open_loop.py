@@ -203,6 +203,16 @@ def _check_recordings(sim_task: str | None, task_name: str, paths: list[str]) ->
     return judge_recordings(rewards, MAX_REWARD), rewards
 
 
+def _check_writable(files: dict[str, str]):
+    """Flag -> path: asked before minutes are spent on what goes there."""
+    for flag, path in files.items():
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            open(path, "ab").close()
+        except OSError as error:
+            raise UserError(f"--{flag} {path}: expected a file that can be written, found {error.strerror}") from error
+
+
 def print_results(replays: list[Replay], measures: Measures, checks: list[Check], latency: Latency):
     """The reasonings of the first episode where they change, errors by joint, checks, verdict."""
     before = None
@@ -252,10 +262,13 @@ def main() -> int:
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected an integer >= {least}, found {getattr(args, name)}")
     task = _task(args.task_name)
+    output = args.output or str(Path(args.checkpoint) / "open_loop.png")
+    report = args.report or str(Path(args.checkpoint) / "open_loop.html")
     paths = [args.episode] if args.episode else held_out_episodes(args.task_name)[: args.episodes]
     recordings, rewards = _check_recordings(args.simulate, args.task_name, paths)
 
     policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, ema=args.ema, bits=args.bits)
+    _check_writable({"output": output, "report": report})
     options = {"max_new_tokens": args.max_new_tokens, "unnorm_key": args.unnorm_key}
     options["reasoning"] = "" if args.no_reasoning else None
     replayer = Replayer(policy, task.get("camera_map"), every=args.query_every, seed=args.seed, **options)
@@ -271,10 +284,6 @@ def main() -> int:
     checks = [*judge(measures), judge_latency(latency, replayer.every), recordings]
     print_results(replays, measures, checks, latency)
 
-    output = args.output or str(Path(args.checkpoint) / "open_loop.png")
-    report = args.report or str(Path(args.checkpoint) / "open_loop.html")
-    for path in (output, report):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     plot_actions(replays[0], output)
     write_report(report, f"{args.checkpoint}, {args.task_name}", replays, measures, checks, latency, rewards)
     print(f"wrote {output} and {report}")

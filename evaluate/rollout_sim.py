@@ -135,6 +135,10 @@ def run(args: argparse.Namespace):
         )
 
     output = args.output or Path(args.checkpoint) / "rollouts"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: expected a folder that can be written, found {error.strerror}") from error
     described = {"checkpoint": args.checkpoint, "ema": args.ema, "bits": args.bits}
     described |= asdict(settings) | asdict(simulation) | {"chunk_size": policy.chunk_size}
     began, results = time.perf_counter(), []

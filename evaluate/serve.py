@@ -90,8 +90,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_image", type=image_limit, default="1920x1080", help="pixels of a camera")
     args = parser.parse_args()
     for name in ("reasoning_every", "max_new_tokens", "max_batch", "max_waiting", "timeout", "max_body_mb"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:  # nor NaN
             raise UserError(f"--{name}: expected more than 0, found {getattr(args, name)}")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt: expected the task in words, found nothing")
     args.api_key = args.api_key if args.api_key is not None else os.environ.get("DEXVLA_API_KEY")
     if args.api_key is not None:
         args.api_key = args.api_key.strip()  # as it arrives in a header

@@ -1,8 +1,9 @@
 """`python -m evaluate.vla_eval_server --args.checkpoint C`: a checkpoint for the benchmarks of the harness vla-eval.
 
-The harness's LIBERO, CALVIN, SimplerEnv, RoboTwin and so on connect to it; docs/evaluate.md shows how.
+The harness's LIBERO, CALVIN, SimplerEnv, RoboTwin and so on connect to it; docs/vla_eval.md shows how.
 """
 
+import errno
 import json
 import logging
 import sys
@@ -289,3 +290,9 @@ if __name__ == "__main__":
         run_server(DexVLAModelServer)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BaseExceptionGroup as group:
+        if not group.subgroup(lambda error: isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
+            raise
+        raise SystemExit("error: --port: expected a free port, found one in use") from None

@@ -18,11 +18,11 @@ import qwen2_vla.environment  # noqa: F401  before the libraries that it prepare
 # isort: split
 from transformers import PreTrainedConfig
 
-from data_utils import UserError, load_robot_stats
+from data_utils import UserError
 
-from .configuration_qwen2_vla import Qwen2VLAConfig
 from .loading import check_model_folder
 from .merge import DTYPES, merge
+from .policy import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("qwen2_vla", "policy_heads", "data_utils")
@@ -39,6 +39,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"{ENTRY}.Qwen2VLForConditionalGenerationForVLA",
     "AutoModelForImageTextToText": f"{ENTRY}.Qwen2VLForConditionalGenerationForVLA",
 }
+UNLESS_REGISTERED = r"""from transformers import CONFIG_MAPPING
+
+if \2 not in CONFIG_MAPPING:
+    \1"""
 PIP_NAMES = {"cv2": "opencv-python-headless"}
 # Adapters, averages and quantisation are over when a folder has been exported, and with them what they import.
 REPLACED = {
@@ -57,7 +61,8 @@ def load_model(folder: str, *, dtype, bits=16, base=None, ema=False, compute_dty
 
 
 def load_processor(folder: str, base: str | None = None) -> ProcessorMixin:
-    return AutoProcessor.from_pretrained(folder)
+    # it looks at config.json, and would ask whether to run the code that is running
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 ''',
 }
 CARD = """---
@@ -107,10 +112,7 @@ def export(checkpoint: str, output: str, *, base: str | None = None, ema: bool =
         UserError: for a checkpoint that cannot act, or an `output` that is not empty or cannot be written.
     """
     check_model_folder(checkpoint, "CHECKPOINT", base)
-    robots = list(load_robot_stats(checkpoint))
-    config = Qwen2VLAConfig.from_pretrained(checkpoint)
-    if not config.data_config:
-        raise UserError(f"CHECKPOINT {checkpoint}: expected data_config (cameras, sizes) in config.json, found none")
+    config, robots = read_settings(checkpoint)
     code = {f"{name}.py": source for name, source in collect_code().items()}
     line = merge(checkpoint, output, base=base, ema=ema, dtype=DTYPES[dtype])
     folder = Path(output)
@@ -119,7 +121,7 @@ def export(checkpoint: str, output: str, *, base: str | None = None, ema: bool =
             (folder / name).write_text(source, encoding="utf-8")
         written = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(written | {"auto_map": AUTO_MAP}, indent=2) + "\n")
-        card = model_card(config, Path(checkpoint).resolve().name, robots, code)
+        card = model_card(config, Path(checkpoint).resolve().name, list(robots), code)
         (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copy(ROOT / "LICENSE", folder / "LICENSE-code")
     except OSError as error:
@@ -211,8 +213,10 @@ def _flatten(source: str, module: str) -> tuple[str, list[str]]:
     text = "\n".join(lines) + "\n"
     # `auto_map` says what the model's classes are; registered, they would replace the repository's own
     text = re.sub(r"^Auto\w+\.register\(.*Qwen2VLA.*\)\n", "", text, flags=re.MULTILINE)
-    # heads are found by their registered names, those of a second exported folder too
-    text = re.sub(r"^(Auto\w+\.register\(.*)\)$", r"\1, exist_ok=True)", text, flags=re.MULTILINE)
+    # heads are found by their registered names; where the repository or another exported folder has named them already,
+    # they stay that one's
+    text = re.sub(r"^(AutoConfig\.register\((\S+), .*)$", UNLESS_REGISTERED, text, flags=re.MULTILINE)
+    text = re.sub(r"^(AutoModel\w*\.register\(.*)\)$", r"\1, exist_ok=True)", text, flags=re.MULTILINE)
     return text, needed
 
 

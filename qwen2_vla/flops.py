@@ -195,7 +195,7 @@ def weight_products(config: Qwen2VLAConfig, sizes: SampleSizes) -> list[Product]
 
 
 def is_unet(config: Qwen2VLAConfig) -> bool:
-    return isinstance(config.policy_head_config, UnetDiffusionPolicyConfig)
+    return config.policy_head_config.model_type == "unet_diffusion_policy"
 
 
 def _vision_products(config: Qwen2VLAConfig, sizes: SampleSizes) -> list[Product]:

@@ -50,7 +50,7 @@ def merge(
             `data_config`, a pickle in that folder or the one above is found too, where the reference writes it.
 
     Returns:
-        one line that says what was written, and another if statistics are missing.
+        one line that says what was written, and another if it lacks what acting needs.
 
     Raises:
         UserError: for an incomplete checkpoint, an `output` that is not empty, or one that cannot be written.
@@ -96,14 +96,15 @@ def merge(
             processor.save_pretrained(folder)
             if stats is not None:
                 save_stats(robots["default"] if list(robots) == ["default"] else robots, folder)
-            has_stats = stats is not None or _copy_stats(checkpoint, folder)
+            lacking = [] if stats is not None or _copy_stats(checkpoint, folder) else [f"{STATS_JSON} (--stats)"]
+            lacking += [] if model.config.data_config else ["cameras (--task_name or --camera_names)"]
             os.replace(folder, target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output {output}: expected a folder that can be written, found {error}") from error
     kind = "adapters and base as one model" if adapters else "a full checkpoint"
     line = f"wrote {output}: {kind}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters in {dtype}"
     line += ", averaged (EMA)" if ema else ""
-    return line if has_stats else f"{line}\n{checkpoint} has no {STATS_JSON}: without it the model cannot act (--stats)"
+    return f"{line}\nit cannot act yet: {checkpoint} has no {' and no '.join(lacking)}" if lacking else line
 
 
 def _copy_stats(checkpoint: str, folder: Path) -> bool:
@@ -130,11 +131,13 @@ def data_config_of(args: argparse.Namespace) -> dict | None:
         UserError: naming a flag that is missing or wrong.
     """
     told = [flag for flag in vars(DataArguments()) if getattr(args, flag, None) is not None]
-    if not args.task_name and not args.camera_names:
+    if not args.task_name and args.camera_names is None:
         if told:
             raise UserError(f"--{told[0]}: expected --task_name or --camera_names too, found neither")
         return None
     cameras = [name.strip() for name in (args.camera_names or "").split(",") if name.strip()]
+    if args.camera_names is not None and (not cameras or len(set(cameras)) < len(cameras)):
+        raise UserError(f"--camera_names: expected names, each once, found {args.camera_names!r}")
     data = DataArguments(**{flag: getattr(args, flag) for flag in told})
     return {
         "task_name": args.task_name,

@@ -16,7 +16,9 @@ def check_observation(observation: Mapping, field: str, camera_names: list[str],
         if key not in observation:
             raise UserError(f"{field}: expected images and qpos, found no {key}")
     images, qpos = observation["images"], as_array(observation["qpos"], f"{field}: qpos")
-    if qpos.shape != (state_dim,) or qpos.dtype.kind not in "fiu":
+    if qpos.dtype.kind not in "fiu":
+        raise UserError(f"{field}: qpos: expected numbers, found {qpos.dtype}")
+    if qpos.shape != (state_dim,):
         raise UserError(f"{field}: qpos: expected shape ({state_dim},), found {qpos.shape} of {qpos.dtype}")
     bad = np.flatnonzero(~np.isfinite(as_float32(qpos)))
     if len(bad):

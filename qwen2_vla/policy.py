@@ -83,7 +83,7 @@ class Qwen2VLAPolicy:
         Raises:
             UserError: when the folder lacks what acting needs, or there is no such device.
         """
-        config, stats = _read_settings(folder)
+        config, stats = read_settings(folder)
         if bits not in (4, 8, 16):
             raise UserError(f"bits: expected 4, 8 or 16, found {bits}")
         if ema and bits < 16:  # the average is of weights as they were trained
@@ -246,6 +246,8 @@ class Qwen2VLAPolicy:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What is to be inpainted, (B, T, A) normalised, and with which weights (B, T)."""
         if all(prefix is None for prefix in prefixes):
+            if any(frozen):
+                raise UserError(f"frozen: expected 0 without prefix, found {max(filter(None, frozen))}")
             return None, None
         known = np.zeros((len(prefixes), self.chunk_size, self.action_dim), np.float32)
         weights = np.zeros(known.shape[:2], np.float32)
@@ -277,8 +279,12 @@ class Qwen2VLAPolicy:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.model.device)
 
 
-def _read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.ndarray]]]:
-    """Configuration and statistics, looked at before any weight is loaded."""
+def read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.ndarray]]]:
+    """Configuration, and statistics by robot, looked at before any weight is loaded.
+
+    Raises:
+        UserError: when the folder lacks what acting needs.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"checkpoint: expected a folder, found none at {folder}")
     if not os.path.isfile(os.path.join(folder, "config.json")):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from data_utils import UserError, find_all_hdf5, get_norm_stats, open_episode
+from policy_heads import ScaleDPPolicyConfig, UnetDiffusionPolicyConfig
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAPolicy, Qwen2VLForConditionalGenerationForVLA
 from qwen2_vla.export import main as export
 from qwen2_vla.loading import load_model
@@ -138,6 +139,8 @@ def test_two_exports_beside_the_repository(checkpoint, tmp_path, monkeypatch):
     answers.append(seen_by(Qwen2VLAPolicy.from_pretrained(folder, device="cpu"), observation, "Fold.")[2])
     for actions, text in answers[1:]:
         assert np.array_equal(actions, answers[0][0]) and text == answers[0][1]
+    for config in (ScaleDPPolicyConfig, UnetDiffusionPolicyConfig):  # still the repository's
+        assert CONFIG_MAPPING[config.model_type] is config
 
 
 def test_adapters_and_averages_are_exported_whole(tiny_base, checkpoint, tmp_path):
