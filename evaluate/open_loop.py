@@ -208,7 +208,10 @@ def _check_writable(files: dict[str, str]):
     for flag, path in files.items():
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            is_new = not Path(path).exists()
             open(path, "ab").close()
+            if is_new:
+                Path(path).unlink()
         except OSError as error:
             raise UserError(f"--{flag} {path}: expected a file that can be written, found {error.strerror}") from error
 

@@ -101,8 +101,14 @@ class Qwen2VLAPolicy:
             raise UserError(f"checkpoint {folder}: expected whole weights of its config.json, found {error}") from error
         model = model.to(device) if bits == 16 else model  # a quantised model is where it was loaded to
         data = config.data_config
+        processor = load_processor(folder, base)
+        if processor.tokenizer.convert_tokens_to_ids(processor.image_token) != config.image_token_id:
+            raise UserError(  # transformers makes an empty one where there are no files of it
+                f"checkpoint {folder}: expected its tokenizer (tokenizer.json), found none that knows "
+                f"{processor.image_token}"
+            )
         process = Qwen2VLAProcess(
-            load_processor(folder, base),
+            processor,
             data["camera_names"],
             image_size_wrist=tuple(data["image_size_wrist"]),
             use_reasoning=data["use_reasoning"],
@@ -247,7 +253,7 @@ class Qwen2VLAPolicy:
         """What is to be inpainted, (B, T, A) normalised, and with which weights (B, T)."""
         if all(prefix is None for prefix in prefixes):
             if any(frozen):
-                raise UserError(f"frozen: expected 0 without prefix, found {max(filter(None, frozen))}")
+                raise UserError("frozen: expected prefix too, which it counts the actions of, found none")
             return None, None
         known = np.zeros((len(prefixes), self.chunk_size, self.action_dim), np.float32)
         weights = np.zeros(known.shape[:2], np.float32)

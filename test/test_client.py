@@ -201,6 +201,8 @@ def test_command_drives_the_simulator(url, monkeypatch, capsys):
     for flags, expected in [
         (["--task_name", "juggle"], "--task_name: unknown simulated task 'juggle'"),
         (["--query_frequency", "9"], "--query_frequency: expected 1 to the chunk's 8 actions, found 9"),
+        (["--query_frequency", "0"], "--query_frequency: expected 1 to the chunk's 8 actions, found 0"),
+        (["--seed", "-1"], r"--seed: expected 0 to 2\^32 - 1, found -1"),
         (["--asynchronous", "--fps", "0"], "--fps: expected the robot's control rate"),
         (["--steps", "0"], "--steps, --fps: expected at least 1 and 0, found 0 and 50"),
     ]:

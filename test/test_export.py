@@ -35,10 +35,11 @@ torch.set_num_threads(threads)  # their number decides the order of sums
 folder = "exported"
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 results = {"config": config.to_dict()}
+tokenizer = AutoProcessor.from_pretrained(folder, trust_remote_code=True).tokenizer
 for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
     model = auto.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(0)
-    results[auto.__name__] = model.predict_action(**inputs, tokenizer=AutoProcessor.from_pretrained(folder).tokenizer)
+    results[auto.__name__] = model.predict_action(**inputs, tokenizer=tokenizer)
 example = re.search(r"```python\\n(.*?)```", open(f"{folder}/README.md").read(), re.DOTALL).group(1)
 code = {}
 exec(example.replace('"."', repr(folder)), code)
@@ -94,6 +95,7 @@ def test_it_acts_without_the_repository(checkpoint, tmp_path):
         timeout=200,
     )
     assert outside.returncode == 0, outside.stderr
+    assert "Do you wish to run the custom code?" not in outside.stdout + outside.stderr  # who would answer?
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     assert not {"qwen2_vla", "policy_heads", "data_utils"} & set(results["modules"])
     for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
@@ -182,7 +184,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path):
     for source, output, message in (
         (folder, folder, "--output .*: expected a new or an empty folder, found one with files"),
         (str(without["stats"]), "new", "checkpoint .*: expected dataset_stats.json"),
-        (str(without["data"]), "new", r"CHECKPOINT .*: expected data_config \(cameras"),
+        (str(without["data"]), "new", r"found no data_config \(cameras.*qwen2_vla.merge"),
         (str(tmp_path / "nothing"), "new", "CHECKPOINT"),
     ):
         with pytest.raises(UserError, match=message):

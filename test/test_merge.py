@@ -55,7 +55,7 @@ def test_full_checkpoints_in_another_dtype_and_averaged(model, processor, tmp_pa
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("model.visual.")}
     merge([str(checkpoint), "--output", str(tmp_path / "bf16"), "--dtype", "bf16"])
     assert "M parameters in torch.bfloat16" in (printed := capsys.readouterr().out)
-    assert "no dataset_stats.json: without it the model cannot act" in printed
+    assert "it cannot act yet: " in printed and "no dataset_stats.json (--stats) and no cameras" in printed
     stored = load_file(tmp_path / "bf16/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert_same(load_model(str(tmp_path / "bf16")), {n: p.bfloat16().float() for n, p in model.state_dict().items()})
@@ -225,6 +225,8 @@ def test_wrong_statistics_and_flags(tmp_path):
     for options, message in (
         ([*stats, "--task_name", "nothing"], "--task_name: expected one of .*, found nothing"),
         ([*stats, "--augment", "False"], "--augment: expected --task_name or --camera_names too, found neither"),
+        ([*stats, "--camera_names", ","], "--camera_names: expected names, each once, found ','"),
+        ([*stats, "--camera_names", "top,top"], "--camera_names: expected names, each once, found 'top,top'"),
         ([*stats, *cameras, "--image_size_stable", "big"], "--image_size_stable: expected"),
         ([*stats, *cameras, "--history_images_length", "0"], "--history_images_length: expected"),
         (["--stats", "none.pkl", *cameras], "none.pkl: expected statistics as training writes them, found .*No such"),

@@ -299,6 +299,7 @@ def test_bad_input_is_named(checkpoint, task, tmp_path, monkeypatch):
     assert "--episodes: expected an integer >= 1, found 0" in fails("--episodes", 0)
     assert "--simulate: expected none or one of sim_transfer" in fails("--simulate", "sim_fold")
     assert "--task_name: expected one of" in fails("--task_name", "unknown")
+    assert "expected a file that can be written, found Is a directory" in fails("--report", tmp_path)
     other = write_episode(tmp_path / "other.hdf5", cameras=["top"])
     assert "other.hdf5: expected cameras cam_high, cam_left_wrist" in fails("--episode", other)
     other = write_episode(tmp_path / "other.hdf5", dim=7)

@@ -133,6 +133,7 @@ def test_folders_that_cannot_act(checkpoint, tiny_base, tmp_path):
         (cut_off, "expected whole weights of its config.json, found .*"),
         (lambda path: (path / "model.safetensors").unlink(), "expected whole weights of its config.json, found .*"),
         (lambda path: (path / "config.json").unlink(), "expected config.json, found none"),
+        (lambda path: (path / "tokenizer.json").unlink(), r"expected its tokenizer \(tokenizer.json\), found none"),
         (rewrite(action_min=np.zeros(7)), r"action_min: expected 14 finite numbers.*found shape \(7,\)"),
         (rewrite(qpos_std=np.full(14, np.nan)), "qpos_std: expected 14 finite numbers"),
     )):  # fmt: skip
@@ -196,6 +197,8 @@ def test_drawn_noise_is_torchs(policy):
 def test_a_prefix_is_kept(policy):
     free, _ = act(policy)
     prefix = free[:5] + 0.05 * (STATS["action_max"] - STATS["action_min"])  # partly beyond what the data held
+    with pytest.raises(UserError, match="frozen: expected prefix too"):
+        act(policy, frozen=2)
     kept, _ = act(policy, prefix=prefix, frozen=2)
     span = np.abs(STATS["action_max"] - STATS["action_min"])
     assert (np.abs(kept[:2] - prefix[:2]) < 1e-5 * (1 + span)).all()

@@ -244,6 +244,10 @@ def test_bad_settings_are_named(checkpoint, tmp_path, monkeypatch, capsys):
     ]:
         with pytest.raises(SystemExit, match=expected):
             command(monkeypatch, checkpoint, "--output", str(tmp_path), *options)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: --output .*file: expected a folder that can be written, found File"):
+        command(monkeypatch, checkpoint, "--output", str(tmp_path / "file"))
+    (tmp_path / "file").unlink()
     with pytest.raises(SystemExit, match="error: --task_name: expected one of sim_transfer_cube_scripted, .* 'fold'"):
         command(monkeypatch, checkpoint, task_name="fold")
     other = shutil.copytree(checkpoint, tmp_path / "other")

@@ -225,6 +225,8 @@ def test_flags_are_checked(aloha_checkpoint, monkeypatch):
     for flags, expected in [
         (["--max_batch", "0"], "--max_batch: expected more than 0, found 0"),
         (["--api_key", " "], "--api_key: expected a key, found nothing"),
+        (["--prompt", ""], "--prompt: expected the task in words, found nothing"),
+        (["--timeout", "nan"], "--timeout: expected more than 0, found nan"),
         (["--port", "-1"], "--port: expected 0 to 65535, found -1"),
         (["--port", "0", "--checkpoint", "nowhere"], "checkpoint.*nowhere"),
     ]:

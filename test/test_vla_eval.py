@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -324,9 +325,14 @@ def test_the_command_with_the_documented_configuration(checkpoint, tmp_path):
                     return connection.server_info, reply
 
             info, reply = asyncio.run(ask())
+            second = subprocess.run(
+                [*command, "--port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=200
+            )
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             process.wait(30)
+    assert second.returncode == 1 and second.stderr.endswith("error: --port: expected a free port, found one in use\n")
+    assert "Traceback" not in (tmp_path / "log").read_text()
     assert f"ws://127.0.0.1:{port}" in (tmp_path / "log").read_text()  # not on every interface
     assert reply["actions"].shape == (7,) and isinstance(reply["reasoning"], str)
     assert info["model_server"] == "DexVLAModelServer" and set(info["action_spec"]) == set(LIBERO)
