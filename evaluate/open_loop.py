@@ -254,6 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--unnorm_key", help="the robot, for a checkpoint trained on several")
     add("--ema", action="store_true", help="act with the averaged weights of --using_ema True")
     add("--bits", type=int, default=16, choices=(4, 8, 16), help="of the backbone's weights (default: 16)")
+    add("--device", help="such as cuda:1 or cpu (default: the accelerator)")
     add("--seed", type=int, default=0, help="of the diffusion noise (default: 0)")
     add("--strict", action="store_true", help="exit with 1 on NO-GO")
     return parser.parse_args()
@@ -270,7 +271,7 @@ def main() -> int:
     paths = [args.episode] if args.episode else held_out_episodes(args.task_name)[: args.episodes]
     recordings, rewards = _check_recordings(args.simulate, args.task_name, paths)
 
-    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, ema=args.ema, bits=args.bits)
+    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, args.device, ema=args.ema, bits=args.bits)
     _check_writable({"output": output, "report": report})
     options = {"max_new_tokens": args.max_new_tokens, "unnorm_key": args.unnorm_key}
     options["reasoning"] = "" if args.no_reasoning else None

@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--unnorm_key", help="the robot, for a checkpoint trained on several")
     add("--ema", action="store_true", help="act with the averaged weights of --using_ema True")
     add("--bits", type=int, default=16, choices=(4, 8, 16), help="of the backbone's weights (default: 16)")
+    add("--device", help="such as cuda:1 or cpu (default: the accelerator)")
     return parser.parse_args()
 
 
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace):
         settings.queue()
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, ema=args.ema, bits=args.bits)
+    policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, args.device, ema=args.ema, bits=args.bits)
     simulation = simulation_for(policy, args)
     if (args.query_frequency or 1) > policy.chunk_size:
         raise UserError(

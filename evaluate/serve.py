@@ -77,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every network of this machine")
     add("--api_key", help="what clients must send; the environment variable DEXVLA_API_KEY does not show in `ps`")
     add("--prompt", help="the instruction for clients that send none")
+    add("--unnorm_key", help="the robot of clients that name none, for a checkpoint trained on several")
     add("--ema", action="store_true", help="act with the averaged weights of --using_ema True")
     add("--bits", type=int, default=16, choices=(4, 8, 16), help="quantise the weights")
     add("--device", help="such as cuda:1 or cpu (default: the accelerator)")
@@ -105,9 +106,11 @@ def parse_arguments() -> argparse.Namespace:
 async def serve(args: argparse.Namespace, listener: socket.socket):
     """Loads the policy and serves it until a signal."""
     policy = Qwen2VLAPolicy.from_pretrained(args.checkpoint, args.device, ema=args.ema, bits=args.bits)
+    if args.unnorm_key is not None and args.unnorm_key not in policy.unnorm_keys:
+        raise UserError(f"--unnorm_key: expected one of {', '.join(policy.unnorm_keys)}, found {args.unnorm_key}")
     server = PolicyServer(
         policy,
-        reader=RequestReader(policy, args.max_image, args.prompt),
+        reader=RequestReader(policy, args.max_image, args.prompt, args.unnorm_key),
         batcher=Batcher(
             policy, max_batch=args.max_batch, max_waiting=args.max_waiting, max_new_tokens=args.max_new_tokens
         ),

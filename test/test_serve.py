@@ -318,3 +318,6 @@ def test_one_of_several_robots_is_named(policy, monkeypatch):
         for robot, offset in (("left", 0), ("right", 100)):
             status, reply = infer(address, observation(unnorm_key=robot))
             assert status == 200 and np.allclose(reply["actions"], stats["action_min"] + offset, atol=0.2)
+    with serving(policy, reader=RequestReader(policy, unnorm_key="right")) as address:  # for clients that name none
+        status, reply = infer(address, observation())
+        assert status == 200 and np.allclose(reply["actions"], stats["action_min"] + 100, atol=0.2)

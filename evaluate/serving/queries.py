@@ -36,13 +36,20 @@ class RequestReader:
     Args:
         policy: knows cameras, shapes and robots.
         max_image: (width, height) in pixels; upright images may have as much.
-        prompt: the instruction for clients that send none (openpi's ALOHA robots do not).
+        prompt, unnorm_key: the instruction and the robot for clients that send none (openpi's ALOHA robots do not).
     """
 
-    def __init__(self, policy: Qwen2VLAPolicy, max_image: tuple[int, int] = (1920, 1080), prompt: str | None = None):
+    def __init__(
+        self,
+        policy: Qwen2VLAPolicy,
+        max_image: tuple[int, int] = (1920, 1080),
+        prompt: str | None = None,
+        unnorm_key: str | None = None,
+    ):
         self.policy = policy
         self.max_image = sorted(max_image)
         self.prompt = prompt
+        self.unnorm_key = unnorm_key
         self._ignored = set()
 
     def read(self, message: dict) -> Query:
@@ -71,7 +78,7 @@ class RequestReader:
         return Query(
             observation,
             self._instruction(message.get("prompt", self.prompt)),
-            self._unnorm_key(message.get("unnorm_key")),
+            self._unnorm_key(message.get("unnorm_key", self.unnorm_key)),
             prefix,
             frozen,
             self._session(message.get("session")),
