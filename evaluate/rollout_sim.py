@@ -20,55 +20,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", required=True, help="folder written by training")
     add("--task_name", required=True, help="sim_transfer_cube or sim_insertion")
     add("--num_rollouts", type=integer(1), default=50, help="default: 50")
-    add(
-        "--seed",
-        type=integer(0),
-        default=1000,
-        help="rollout i places the objects by seed + i (default: 1000)",
-    )
+    add("--seed", type=integer(0), default=1000, help="rollout i places the objects by seed + i (default: 1000)")
     add("--noise_seed", type=integer(0), default=0, help="of the diffusion noise (default: 0)")
-    add(
-        "--num_envs",
-        type=integer(1),
-        default=1,
-        help="robots simulated at once, a process each (default: 1)",
-    )
-    add(
-        "--query_frequency",
-        type=integer(1),
-        help="steps between two chunks (default: the chunk; with --ensemble 1)",
-    )
+    add("--num_envs", type=integer(1), default=1, help="robots simulated at once, a process each (default: 1)")
+    add("--query_frequency", type=integer(1), help="steps between two chunks (default: the chunk; with --ensemble 1)")
     add("--ensemble", action="store_true", help="temporal ensembling, as in ACT")
     add("--decay", type=float, default=0.01, help="of the ensemble's weights, from the oldest on (default: 0.01)")
     add("--smoothing", type=float, default=0.0, help="share of the last action that is kept, 0 .. <1 (default: 0)")
     add("--blend", type=integer(0), default=0, help="steps over which a new chunk fades in (default: 0)")
-    add(
-        "--spread",
-        type=share,
-        default=1.0,
-        help="share of the objects' area to start from, 0 .. 1 (default: 1)",
-    )
+    add("--spread", type=share, default=1.0, help="share of the objects' area to start from, 0 .. 1 (default: 1)")
     add("--max_steps", type=integer(1), default=400, help="of 0.02 s (default: 400)")
-    add(
-        "--image_size",
-        type=image_size,
-        default=(320, 240),
-        help='rendered width and height (default: "(320,240)")',
-    )
+    add("--image_size", type=image_size, default=(320, 240), help='rendered width and height (default: "(320,240)")')
     add("--output", type=Path, help="folder (default: CHECKPOINT/rollouts)")
     add("--no_video", action="store_true")
-    add(
-        "--video_every",
-        type=integer(1),
-        default=10,
-        help="steps between the frames of a video (default: 10)",
-    )
-    add(
-        "--reasoning_every",
-        type=integer(1),
-        default=1,
-        help="queries for which a reasoning is used (default: 1)",
-    )
+    add("--video_every", type=integer(1), default=10, help="steps between the frames of a video (default: 10)")
+    add("--reasoning_every", type=integer(1), default=1, help="queries for which a reasoning is used (default: 1)")
     add("--no_reasoning", action="store_true", help="the policy writes none, which is faster")
     add("--max_new_tokens", type=integer(1), default=256, help="of a reasoning, at most (default: 256)")
     add("--unnorm_key", help="the robot, for a checkpoint trained on several")
