@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.train_step import clean_up, device_name
+from benchmarks.train_step import choose_device, clean_up, device_name
 from data_utils.errors import UserError
 from policy_heads.diffusion import DiffusionPolicyHead, ZeroLinear
 from qwen2_vla import Qwen2VLAPolicy, Qwen2VLAProcess
@@ -260,11 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if found < 1:
             least = 2 if flag == "tokens" else 1
             raise UserError(f"--{flag}: expected at least {least}, found {getattr(args, flag)}")
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    kinds = {"cpu", torch.device(best).type}
-    if args.device and args.device.partition(":")[0] not in kinds:
-        raise UserError(f"--device: expected {' or '.join(sorted(kinds))} on this machine, found {args.device}")
-    args.device = torch.device(args.device or best)
+    args.device = choose_device(args.device)
     return args
 
 

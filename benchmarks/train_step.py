@@ -220,6 +220,15 @@ def row(config, options: tuple[str, ...], batch: int, figures: dict | None, args
     return f"| {' | '.join(cells)} |"
 
 
+def choose_device(asked: str | None) -> torch.device:
+    """What --device says, else the accelerator that is there, else the CPU. Raises UserError when it is not there."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    kinds = {"cpu", torch.device(best).type}
+    if asked and asked.partition(":")[0] not in kinds:
+        raise UserError(f"--device: expected {' or '.join(sorted(kinds))} on this machine, found {asked}")
+    return torch.device(asked or best)
+
+
 def device_name(device: torch.device) -> str:
     return "CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
@@ -249,11 +258,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, found in (("steps", args.steps), ("warmup", args.warmup + 1), ("batch", min(args.batch))):
         if found < 1:
             raise UserError(f"--{flag}: expected a positive number, found {getattr(args, flag)}")
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    kinds = {"cpu", torch.device(best).type}
-    if args.device and args.device.partition(":")[0] not in kinds:
-        raise UserError(f"--device: expected {' or '.join(sorted(kinds))} on this machine, found {args.device}")
-    args.device = torch.device(args.device or best)
+    args.device = choose_device(args.device)
     return args
 
 
