@@ -1,5 +1,6 @@
 """What keeps a long run from losing work: whole checkpoints, signals, and steps whose numbers are not finite."""
 
+import errno
 import os
 import shutil
 import signal
@@ -38,13 +39,28 @@ def written_beside(output_dir: str, step: int, accelerator) -> Iterator[str]:
             "the checkpoints before it are whole"
         ) from error
     accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process and (partial / name).is_dir():  # on a shared disk one machine is enough
-        final = Path(output_dir) / name
-        if final.exists():
-            os.replace(final, partial / "replaced")
-        os.replace(partial / name, final)
-        shutil.rmtree(partial, ignore_errors=True)
+    # On a disk that machines share the first of them does it; where each has its own, the others after it
+    if accelerator.is_main_process:
+        _put_in_place(partial / name)
     accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process and not accelerator.is_main_process:
+        try:
+            _put_in_place(partial / name)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # what the first machine took; NFS may still list it
+                raise
+    accelerator.wait_for_everyone()
+
+
+def _put_in_place(written: Path):
+    """Moves `.partial/checkpoint-N` up. Nothing is touched before `written` is taken."""
+    partial, final = written.parent, written.parent.parent / written.name
+    taken = partial / "taken"
+    os.replace(written, taken)
+    if final.exists():
+        os.replace(final, partial / "replaced")
+    os.replace(taken, final)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 class StopOnSignal(TrainerCallback):

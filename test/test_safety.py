@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from safetensors.torch import load_file
 import train_vla
 from data_utils.hdf5 import Hdf5Episode
 from qwen2_vla import QWen2VLATrainer
-from qwen2_vla.safety import PARTIAL, FiniteSteps
+from qwen2_vla.safety import PARTIAL, FiniteSteps, written_beside
 from qwen2_vla.trainer import StepMeter
 
 from .test_training import column, history, train  # noqa: F401  (a fixture)
@@ -47,6 +52,36 @@ def test_a_half_checkpoint_of_a_killed_run_is_not_taken(train, tmp_path):  # noq
     assert train_vla.newest_checkpoint(str(out)).endswith("checkpoint-2")
     train("out", max_steps=4, resume_from_checkpoint=True)
     assert not (out / PARTIAL).exists() and (out / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_machines_with_one_disk_or_with_their_own(tmp_path, shared, monkeypatch):
+    """Each machine's first rank puts the checkpoint in its place; on a shared disk only one of them may."""
+    machines, barrier = 3, threading.Barrier(3, timeout=30)
+    replace = os.replace
+
+    def slowly(*paths):  # all of them have looked before one of them acts
+        time.sleep(0.05)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", slowly)
+
+    def save(rank: int):
+        accelerator = SimpleNamespace(
+            is_local_main_process=True, is_main_process=rank == 0, wait_for_everyone=barrier.wait
+        )
+        disk = tmp_path if shared else tmp_path / str(rank)
+        for text in ("first", "again"):
+            with written_beside(str(disk), 2, accelerator) as folder:
+                written = Path(folder, "checkpoint-2", f"rng_state_{rank}.pth")
+                written.parent.mkdir(parents=True, exist_ok=True)
+                written.write_text(text)
+        return disk / "checkpoint-2" / written.name
+
+    with ThreadPoolExecutor(machines) as pool:
+        kept = list(pool.map(save, range(machines)))
+    assert [path.read_text() for path in kept] == ["again"] * machines
+    assert not list(tmp_path.rglob(PARTIAL))
 
 
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(train, monkeypatch):  # noqa: F811
