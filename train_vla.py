@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data_utils import Qwen2VLADataCollatorForSupervisedDataset, UserError, load_data, load_robot_stats
 from data_utils.collator import IGNORE_INDEX
 from data_utils.normalization import by_robot
+from data_utils.tasks import get_task
 from qwen2_vla import Qwen2VLAConfig, Qwen2VLAProcess, QWen2VLATrainer
 from qwen2_vla.adapters import ADAPTER_CONFIG, add_lora, halve_frozen
 from qwen2_vla.arguments import (
@@ -25,7 +26,6 @@ from qwen2_vla.arguments import (
     DataArguments,
     ModelArguments,
     TrainingArguments,
-    get_task,
     head_notes,
     legacy_notes,
     parse_arguments,

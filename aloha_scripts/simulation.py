@@ -64,6 +64,8 @@ except ModuleNotFoundError:
     raise
 except (ImportError, AttributeError) as error:  # how PyOpenGL reports a library that is missing or finds no device
     raise RenderingError(GL_MISSING.format(backend=GL_BACKEND)) from error
+except RuntimeError as error:  # no such MUJOCO_GL; it says which there are
+    raise RenderingError(str(error)) from error
 
 from gym_aloha.constants import ASSETS_DIR  # noqa: E402
 from gym_aloha.tasks import sim, sim_end_effector  # noqa: E402

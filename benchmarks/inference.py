@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from benchmarks.train_step import choose_device, clean_up, device_name
-from data_utils.errors import UserError
+from data_utils.errors import UserError, run_command
 from policy_heads.diffusion import DiffusionPolicyHead, ZeroLinear
 from qwen2_vla import Qwen2VLAPolicy, Qwen2VLAProcess
 from qwen2_vla.flops import PRESETS, build_model, preset_config
@@ -305,7 +305,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

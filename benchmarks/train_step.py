@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from data_utils.errors import UserError
+from data_utils.errors import UserError, run_command
 from policy_heads import SCALEDP_SIZES
 from qwen2_vla.adapters import add_lora
 from qwen2_vla.flops import (
@@ -293,7 +293,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

@@ -4,7 +4,7 @@ from .augment import Augmentation, center_crop
 from .collator import Qwen2VLADataCollatorForSupervisedDataset
 from .dataset import EpisodicDataset, SamplingPlan, get_norm_stats, load_data
 from .episodes import Episode, find_all_hdf5, find_episodes, open_episode, stored_camera
-from .errors import DatasetError, Finding, UserError
+from .errors import DatasetError, Finding, UserError, run_command
 from .index import check_episodes, summarize_all
 from .normalization import (
     load_robot_stats,
@@ -41,6 +41,7 @@ __all__ = [
     "normalize_action",
     "normalize_state",
     "open_episode",
+    "run_command",
     "save_stats",
     "stored_camera",
     "summarize_all",

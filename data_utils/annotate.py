@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .episodes import Episode, open_episode, stored_camera
-from .errors import DatasetError, Finding, UserError
+from .errors import DatasetError, Finding, UserError, run_command
 from .labels import COLUMNS, EpisodeNames, apply, check_output, csv_text, export, read_labels, readable, segments_of
 from .lerobot import fps_of
 from .summary import EpisodeSummary
@@ -341,7 +341,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

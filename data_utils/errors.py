@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -7,6 +8,16 @@ class UserError(ValueError):
 
 class DatasetError(UserError):
     """A dataset that cannot be trained on. The message names file, dataset, frame, what was expected and found."""
+
+
+def run_command(main: Callable[[], int | None]):
+    """Runs a command and exits: with one line for what its user can put right, without a traceback for Ctrl-C."""
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # what a shell makes of SIGINT
 
 
 @dataclass(frozen=True)

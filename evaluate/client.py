@@ -11,6 +11,7 @@ Needs numpy, msgpack and websockets, no torch. For a robot of your own write a c
 import argparse
 import os
 import time
+from collections import deque
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -120,7 +121,11 @@ class SimulatedAloha:
         from dm_control.rl.control import PhysicsError
 
         from aloha_scripts.scripted_policy import instruction
-        from aloha_scripts.simulation import CAMERA_NAMES, GL_BACKEND, GL_MISSING, AlohaSimulation, full_name
+
+        try:
+            from aloha_scripts.simulation import CAMERA_NAMES, GL_BACKEND, GL_MISSING, AlohaSimulation, full_name
+        except RuntimeError as error:  # its RenderingError
+            raise PolicyError(str(error)) from None
 
         if GL_BACKEND == "off":
             raise PolicyError(GL_MISSING.format(backend=GL_BACKEND))
@@ -154,15 +159,43 @@ class SimulatedAloha:
             raise PolicyError("the policy's actions are so wild that the simulation broke off") from None
 
 
-def run(robot, chunks: Chunks | AsyncChunks, steps: int, fps: float = FPS, delta_control: bool = False) -> float:
+class RecentFrames:
+    """A robot whose observations hold the last `history` frames of every camera, (F, H, W, 3), the newest last; before
+    the first one there was no other. `look` at every control step."""
+
+    def __init__(self, robot, history: int):
+        self.robot = robot
+        self.seen: deque[dict] = deque(maxlen=history)
+
+    def look(self):
+        self.seen.append(self.robot.observe())
+
+    def observe(self) -> dict:
+        frames = [seen["images"] for seen in self.seen]
+        frames = frames[:1] * (self.seen.maxlen - len(frames)) + frames
+        return self.seen[-1] | {"images": {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}}
+
+
+def run(
+    robot,
+    chunks: Chunks | AsyncChunks,
+    steps: int,
+    fps: float = FPS,
+    delta_control: bool = False,
+    history: int = 1,
+) -> float:
     """Lets a robot act for some control steps, `fps` of them a second (0: as fast as it can); the highest reward.
 
-    With `delta_control` the policy's actions are differences between commands, and `robot` gets their sum.
+    With `delta_control` the policy's actions are differences between commands, and `robot` gets their sum. For a policy
+    that takes a `history` of frames the robot observes at every step, else only when the policy is asked.
     """
     to_command = DeltaIntegrator(robot.observe()["state"]) if delta_control else np.asarray
+    recent = RecentFrames(robot, history) if history > 1 else None
     highest, due = 0.0, time.perf_counter()
     for _ in range(steps):
-        action = chunks.next_action(robot.observe)  # (A,)
+        if recent:
+            recent.look()
+        action = chunks.next_action((recent or robot).observe)  # (A,)
         if fps:
             time.sleep(max(0.0, due - time.perf_counter()))
             due = max(due, time.perf_counter() - 1 / fps) + 1 / fps  # a step that was late does not hurry the next
@@ -193,8 +226,6 @@ def main():
 
     with PolicyClient(args.url, args.api_key or os.environ.get("DEXVLA_API_KEY")) as client:
         chunk, delta_control = client.metadata["chunk_size"], client.metadata["delta_control"]
-        if client.metadata["history_images_length"] > 1:
-            raise PolicyError("the policy takes several frames per camera, which this example does not send")
         query_frequency = args.query_frequency
         if query_frequency is None:
             query_frequency = max(1, chunk // 2) if args.asynchronous else chunk
@@ -208,7 +239,8 @@ def main():
             chunks = Chunks(client.infer, query_frequency)
         began = time.perf_counter()
         try:
-            reward = run(robot, chunks, args.steps, args.fps, delta_control)
+            history = client.metadata["history_images_length"]
+            reward = run(robot, chunks, args.steps, args.fps, delta_control, history)
         finally:
             chunks.close()
         rate = args.steps / (time.perf_counter() - began)
@@ -224,3 +256,5 @@ if __name__ == "__main__":
         main()
     except PolicyError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aloha_scripts.constants import DT
 from evaluate.measures import Measures
 
 # Pairs of thresholds: from the first on a warning, from the second on NO-GO. Where no reason is given they are rules of
@@ -156,10 +155,12 @@ def judge(measures: Measures) -> list[Check]:
     return checks
 
 
-def judge_latency(latency: Latency, steps: int) -> Check:
-    """Whether the policy keeps up with a robot that asks it every `steps` control steps. Never NO-GO: another machine
-    may be the one that acts."""
-    period = steps * DT * 1000
+def judge_latency(latency: Latency, steps: int, fps: float) -> Check:
+    """Whether the policy keeps up with a robot that asks it every `steps` of its `fps` control steps a second.
+
+    Never NO-GO: another machine may be the one that acts.
+    """
+    period = steps / fps * 1000
     fits = latency.p99 < period
     advice = "the robot would wait that long for every chunk: ask before the running chunk ends (evaluate.client)"
     if latency.p50 >= period:
@@ -168,7 +169,7 @@ def judge_latency(latency: Latency, steps: int) -> Check:
         "latency",
         "pass" if fits else "warning",
         f"p99 {latency.p99:.0f} ms a query",
-        f"below {period:.0f} ms, {steps} × {DT * 1000:.0f} ms from one query to the next",
+        f"below {period:.0f} ms, {steps} × {1000 / fps:.0f} ms from one query to the next",
         "" if fits else advice,
     )
 

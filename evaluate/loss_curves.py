@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from data_utils import UserError
+from data_utils import UserError, run_command
 
 LOSSES = ("loss", "llm_loss", "action_loss")
 
@@ -42,12 +42,13 @@ def plot_losses(folders: list[str], output: str):
     print(f"wrote {output}")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", help="output folders of training runs")
     parser.add_argument("--output", default="losses.png")
     arguments = parser.parse_args()
-    try:
-        plot_losses(arguments.folders, arguments.output)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    plot_losses(arguments.folders, arguments.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

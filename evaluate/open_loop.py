@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from aloha_scripts.constants import TASK_CONFIGS
-from data_utils import Episode, UserError, load_data, open_episode, stored_camera
+from data_utils import Episode, UserError, load_data, open_episode, run_command, stored_camera
 from data_utils.episodes import lerobot_folder
 from data_utils.hdf5 import open_hdf5
+from data_utils.lerobot import fps_of
+from data_utils.tasks import get_task
 from evaluate.judge import Check, Latency, is_go, judge, judge_latency, judge_recordings
 from evaluate.measures import Measures, Replay, measure
 from evaluate.report import plot_actions, write_report
@@ -28,7 +29,7 @@ LATENCY_QUERIES, LATENCY_SECONDS = 30, 10.0  # whichever is reached first
 
 def held_out_episodes(task_name: str) -> list[str]:
     """The episodes that training with this task leaves out for validation."""
-    task = _task(task_name)
+    task = get_task(task_name)
     _, validation, _, _ = load_data(
         task["dataset_dir"],
         task.get("name_filter"),
@@ -43,14 +44,6 @@ def held_out_episodes(task_name: str) -> list[str]:
             f"TASK_CONFIGS[{task_name!r}]: train_ratio leaves no episode for validation; name one with --episode"
         )
     return validation.episode_paths
-
-
-def _task(name: str) -> dict:
-    """The entry of TASK_CONFIGS; `sim_transfer_cube` is understood too, as when rolling out."""
-    for known in (name, f"{name}_scripted"):
-        if known in TASK_CONFIGS:
-            return TASK_CONFIGS[known]
-    raise UserError(f"--task_name: expected one of {', '.join(sorted(TASK_CONFIGS))}, found {name}")
 
 
 class Replayer:
@@ -248,6 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--report", help="page to write (default: CHECKPOINT/open_loop.html)")
     add("--output", help="picture of the first episode (default: CHECKPOINT/open_loop.png)")
     add("--query_every", type=int, help="frames between two queries (default: the chunk)")
+    add("--fps", type=float, help="control steps a second, for the latency (default: the dataset's, or ALOHA's 50)")
     add("--no_reasoning", action="store_true", help="the policy writes none, which is faster")
     add("--max_new_tokens", type=int, default=256, help="of a reasoning, at most (default: 256)")
     add("--simulate", metavar="TASK", help="simulated task to replay the recordings in, or none (default: --task_name)")
@@ -265,7 +259,9 @@ def main() -> int:
     for name, least in (("episodes", 1), ("max_new_tokens", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name}: expected an integer >= {least}, found {getattr(args, name)}")
-    task = _task(args.task_name)
+    if args.fps is not None and not 0 < args.fps < float("inf"):
+        raise UserError(f"--fps: expected a number above 0, found {args.fps:g}")
+    task = get_task(args.task_name)
     output = args.output or str(Path(args.checkpoint) / "open_loop.png")
     report = args.report or str(Path(args.checkpoint) / "open_loop.html")
     paths = [args.episode] if args.episode else held_out_episodes(args.task_name)[: args.episodes]
@@ -285,7 +281,7 @@ def main() -> int:
         measures = measure(replays, policy.robot_stats[args.unnorm_key or policy.unnorm_keys[0]])
     except ValueError as error:
         raise UserError(f"{', '.join(paths)}: {error}") from None
-    checks = [*judge(measures), judge_latency(latency, replayer.every), recordings]
+    checks = [*judge(measures), judge_latency(latency, replayer.every, fps_of(paths[0], args.fps)), recordings]
     print_results(replays, measures, checks, latency)
 
     plot_actions(replays[0], output)
@@ -295,7 +291,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

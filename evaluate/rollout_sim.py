@@ -110,10 +110,13 @@ def run(args: argparse.Namespace):
     described |= asdict(settings) | asdict(simulation) | {"chunk_size": policy.chunk_size}
     began, results = time.perf_counter(), []
 
-    def report(result: dict):
-        results.append(result)
+    def write():
         loop_summary = summarize(simulation.task_name, results) | {"latency": loop.latency()}
         write_results(output / "rollouts.json", described, loop_summary, sorted(results, key=lambda r: r["rollout"]))
+
+    def report(result: dict):
+        results.append(result)
+        write()
         after = result["steps_to_success"] or result["steps"]
         print(
             f"rollout {result['rollout']:3d}  seed {result['seed']}  {'success' if result['success'] else 'failed '}  "
@@ -123,7 +126,14 @@ def run(args: argparse.Namespace):
         )
 
     loop = ClosedLoop(policy, simulation, settings, None if args.no_video else output, report)
-    loop.run()
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        print(f"stopped after {len(results)} of {args.num_rollouts} rollouts")
+        if results:
+            write()
+            print_summary(summarize(simulation.task_name, results), loop.latency(), time.perf_counter() - began)
+        raise
     print_summary(summarize(simulation.task_name, results), loop.latency(), time.perf_counter() - began)
     print(f"wrote {output / 'rollouts.json'}" + ("" if args.no_video else f" and {output / 'videos'}"))
 
@@ -145,14 +155,10 @@ def print_summary(summary: dict, latency: dict, seconds: float):
 
 
 def main():
-    args = parse_arguments()
-    from data_utils import UserError
-
-    try:
-        run(args)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(parse_arguments())
 
 
 if __name__ == "__main__":
-    main()
+    from data_utils import run_command
+
+    run_command(main)

@@ -18,7 +18,7 @@ import socket
 import qwen2_vla.environment  # noqa: F401  before the libraries that it prepares
 
 # isort: split
-from data_utils import UserError
+from data_utils import UserError, run_command
 from evaluate.serving import Batcher, Limits, PolicyServer, RequestReader
 from qwen2_vla import Qwen2VLAPolicy
 
@@ -149,7 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

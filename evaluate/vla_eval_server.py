@@ -19,7 +19,7 @@ from vla_eval.model_servers.serve import run_server
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, DimSpec
 from vla_eval.types import Action, Observation
 
-from data_utils import UserError
+from data_utils import UserError, run_command
 from evaluate.execution import ActionQueue, DeltaIntegrator
 from qwen2_vla import Qwen2VLAPolicy
 
@@ -100,6 +100,8 @@ class DexVLAModelServer(PredictModelServer):
         max_batch_size: int = 1,
         max_wait_time: float = 0.01,
     ):
+        if max_batch_size < 1:
+            raise UserError(f"max_batch_size: expected at least 1, found {max_batch_size}")
         # no chunk_size: the harness's buffer would be filled only when empty, so that nothing could be averaged in it
         super().__init__(max_batch_size=max_batch_size, max_wait_time=max_wait_time)
         self.policy = Qwen2VLAPolicy.from_pretrained(checkpoint, device, ema=ema, bits=bits)
@@ -287,11 +289,7 @@ if __name__ == "__main__":
     # The harness's default is all interfaces; here whoever wants that says so: --host 0.0.0.0
     sys.argv.insert(1, "--host=127.0.0.1")
     try:
-        run_server(DexVLAModelServer)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        run_command(lambda: run_server(DexVLAModelServer))
     except BaseExceptionGroup as group:
         if not group.subgroup(lambda error: isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise

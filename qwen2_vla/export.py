@@ -18,7 +18,7 @@ import qwen2_vla.environment  # noqa: F401  before the libraries that it prepare
 # isort: split
 from transformers import PreTrainedConfig
 
-from data_utils import UserError
+from data_utils import UserError, run_command
 
 from .loading import check_model_folder
 from .merge import DTYPES, merge
@@ -248,7 +248,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from data_utils.errors import UserError
+from data_utils.errors import UserError, run_command
 from policy_heads import SCALEDP_SIZES
 
 from .adapters import add_lora, halve_frozen
@@ -344,7 +344,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

@@ -18,11 +18,12 @@ import qwen2_vla.environment  # noqa: F401  before the libraries that it prepare
 import torch
 from safetensors import SafetensorError
 
-from data_utils import UserError
+from data_utils import UserError, run_command
 from data_utils.normalization import STATS_JSON, STATS_PKL, check_stats, read_stats, save_stats
+from data_utils.tasks import get_task
 
 from .adapters import has_adapters
-from .arguments import DataArguments, get_task
+from .arguments import DataArguments
 from .configuration_qwen2_vla import Qwen2VLAConfig
 from .loading import check_model_folder, load_model, load_processor
 
@@ -189,7 +190,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)

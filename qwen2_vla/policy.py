@@ -27,6 +27,8 @@ from .processing_qwen2_vla import ANSWER_MARK, END, Qwen2VLAProcess
 
 TOKEN_STEP = 32  # prompts are padded to a multiple of it on CUDA, so that few lengths are captured
 MOST_DRAFTS = 1000
+# of a configuration's data_config; what came later has a default
+DATA_CONFIG = ("camera_names", "image_size_stable", "image_size_wrist", "use_reasoning", "delta_control")
 
 
 class Qwen2VLAPolicy:
@@ -291,7 +293,7 @@ def read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.n
     Raises:
         UserError: when the folder lacks what acting needs.
     """
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder or ""):
         raise UserError(f"checkpoint: expected a folder, found none at {folder}")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise UserError(f"checkpoint {folder}: expected config.json, found none")
@@ -311,6 +313,9 @@ def read_settings(folder: str) -> tuple[Qwen2VLAConfig, dict[str, dict[str, np.n
             f"{' and no '.join(lacking)}; python -m qwen2_vla.merge {folder} --output FOLDER --task_name TASK "
             f"--stats {STATS_PKL} makes a complete folder"
         )
+    missing = [key for key in DATA_CONFIG if key not in config.data_config]
+    if missing:
+        raise UserError(f"checkpoint {folder}: config.json: data_config: expected {', '.join(missing)} too, found none")
     stats = load_robot_stats(folder)
     check_stats(stats, head.input_dim, head.state_dim, os.path.join(folder, STATS_JSON))
     return config, stats

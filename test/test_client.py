@@ -155,6 +155,20 @@ def test_waiting_for_chunks(client):
     assert all(np.array_equal(asked[i]["state"], observation(5 * i)["state"]) for i in range(3))
 
 
+def test_a_history_of_frames(aloha_policy, monkeypatch):
+    monkeypatch.setattr(aloha_policy, "history", 3)
+    asked = []
+    batcher = Batcher(aloha_policy, max_new_tokens=3)
+    with serving(aloha_policy, batcher=batcher) as address, PolicyClient(f"ws://{address}") as client:
+        chunks = Chunks(lambda message: asked.append(message) or client.infer(message), query_frequency=4)
+        run(Robot(), chunks, 9, fps=0, history=client.metadata["history_images_length"])
+    for message, steps in zip(asked, ([0, 0, 0], [2, 3, 4], [6, 7, 8]), strict=True):
+        seen = [observation(step) for step in steps]
+        assert np.array_equal(message["state"], seen[-1]["state"])
+        for camera, frames in message["images"].items():
+            assert np.array_equal(frames, np.stack([one["images"][camera] for one in seen]))
+
+
 def test_differences_add_up_to_commands(client):
     robot, said = Robot(), []
     chunks = Chunks(lambda message: said.append(client.infer(message)) or said[-1], CHUNK)

@@ -159,8 +159,9 @@ def test_reasonings_that_are_wrong():
 
 
 def test_latency_against_the_control_period():
-    fast, slow, slower = (judge_latency(Latency(900, p50, 120, 9), 5) for p50 in (50, 90, 110))  # 5 steps: 100 ms
-    assert judge_latency(Latency(900, 50, 90, 9), 5).level == "pass"
+    fast, slow, slower = (judge_latency(Latency(900, p50, 120, 9), 5, 50) for p50 in (50, 90, 110))  # 5 steps: 100 ms
+    assert judge_latency(Latency(900, 50, 90, 9), 5, 50).level == "pass"
+    assert judge_latency(Latency(900, 50, 120, 9), 5, 30).level == "pass"  # 167 ms
     assert fast.level == slow.level == slower.level == "warning" and fast.advice == slow.advice != slower.advice
 
 

@@ -1,5 +1,6 @@
 """A checkpoint folder acts: every kind of it, alone and in batches, with the images of training."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_folders_that_cannot_act(checkpoint, tiny_base, tmp_path):
     def rewrite(**stats):
         return lambda path: save_stats(STATS | stats, path)
 
+    def forget_cameras(path: Path):
+        config = json.loads((path / "config.json").read_text())
+        del config["data_config"]["camera_names"]
+        (path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(UserError, match="checkpoint: expected a folder, found none at None"):
+        Qwen2VLAPolicy.from_pretrained(None)
     for number, (change, message) in enumerate((
         (shutil.rmtree, "checkpoint: expected a folder, found none at"),
         (lambda path: shutil.copy(Path(tiny_base, "config.json"), path), "found a model without a policy head"),
@@ -134,6 +142,7 @@ def test_folders_that_cannot_act(checkpoint, tiny_base, tmp_path):
         (lambda path: (path / "model.safetensors").unlink(), "expected whole weights of its config.json, found .*"),
         (lambda path: (path / "config.json").unlink(), "expected config.json, found none"),
         (lambda path: (path / "tokenizer.json").unlink(), r"expected its tokenizer \(tokenizer.json\), found none"),
+        (forget_cameras, "config.json: data_config: expected camera_names too, found none"),
         (rewrite(action_min=np.zeros(7)), r"action_min: expected 14 finite numbers.*found shape \(7,\)"),
         (rewrite(qpos_std=np.full(14, np.nan)), "qpos_std: expected 14 finite numbers"),
     )):  # fmt: skip

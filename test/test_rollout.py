@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
 import sys
 
 import cv2
@@ -17,7 +19,7 @@ from evaluate import rollout_sim
 from evaluate.closed_loop import ClosedLoop, Settings, confidence_interval, summarize
 from evaluate.simulated_robot import STEPS_AFTER_SUCCESS, Simulation
 
-from .helpers import write_checkpoint
+from .helpers import ROOT, write_checkpoint
 
 TRANSFER, INSERTION = "sim_transfer_cube_scripted", "sim_insertion_scripted"
 SIZE = (64, 48)  # width, height
@@ -229,6 +231,20 @@ def test_results_depend_on_the_seeds_alone(checkpoint, tmp_path, monkeypatch, ca
     assert np.abs(moved).max() > 0.01
 
 
+@needs_gl
+def test_ctrl_c_leaves_what_has_ended(checkpoint, tmp_path):
+    command = [sys.executable, "-u", "-m", "evaluate.rollout_sim", "--checkpoint", checkpoint, "--max_steps", "8"]
+    command += ["--task_name", "sim_transfer_cube", "--num_rollouts", "1000", "--no_video", "--max_new_tokens", "3"]
+    command += ["--image_size", "(84,56)", "--device", "cpu", "--output", str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline().startswith("rollout   0")
+    run.send_signal(signal.SIGINT)
+    printed, complaints = run.communicate(timeout=60)
+    ended = len(json.loads((tmp_path / "rollouts.json").read_text())["rollouts"])
+    assert run.returncode == 130 and "Traceback" not in complaints, complaints
+    assert f"stopped after {ended} of 1000 rollouts\nsuccess rate" in printed
+
+
 def test_bad_settings_are_named(checkpoint, tmp_path, monkeypatch, capsys):
     for options, expected in [
         (["--num_envs", "0"], "argument --num_envs: expected an integer >= 1, found '0'"),
@@ -239,20 +255,20 @@ def test_bad_settings_are_named(checkpoint, tmp_path, monkeypatch, capsys):
             command(monkeypatch, checkpoint, "--output", str(tmp_path), *options)
         assert expected in capsys.readouterr().err
     for options, expected in [
-        (["--smoothing", "1"], r"error: --smoothing: expected a number in \[0, 1\), found 1.0"),
-        (["--query_frequency", "9"], "error: --query_frequency: expected at most the chunk's 8 actions, found 9"),
+        (["--smoothing", "1"], r"^--smoothing: expected a number in \[0, 1\), found 1.0"),
+        (["--query_frequency", "9"], "^--query_frequency: expected at most the chunk's 8 actions, found 9"),
     ]:
-        with pytest.raises(SystemExit, match=expected):
+        with pytest.raises(UserError, match=expected):
             command(monkeypatch, checkpoint, "--output", str(tmp_path), *options)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="error: --output .*file: expected a folder that can be written, found File"):
+    with pytest.raises(UserError, match="^--output .*file: expected a folder that can be written, found File"):
         command(monkeypatch, checkpoint, "--output", str(tmp_path / "file"))
     (tmp_path / "file").unlink()
-    with pytest.raises(SystemExit, match="error: --task_name: expected one of sim_transfer_cube_scripted, .* 'fold'"):
+    with pytest.raises(UserError, match="^--task_name: expected one of sim_transfer_cube_scripted, .* 'fold'"):
         command(monkeypatch, checkpoint, task_name="fold")
     other = shutil.copytree(checkpoint, tmp_path / "other")
     config = other / "config.json"
     config.write_text(config.read_text().replace('"top"', '"cam_high"'))
-    with pytest.raises(SystemExit, match="expected the simulator's cameras top, .* found cam_high, left_wrist"):
+    with pytest.raises(UserError, match="expected the simulator's cameras top, .* found cam_high, left_wrist"):
         command(monkeypatch, str(other))
     assert [path.name for path in tmp_path.iterdir()] == ["other"]

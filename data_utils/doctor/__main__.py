@@ -13,12 +13,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aloha_scripts.constants import TASK_CONFIGS
-
 from ..dataset import as_folders, folders_of_robots, robots_of
 from ..episodes import find_episodes, lerobot_folder
-from ..errors import UserError
+from ..errors import UserError, run_command
 from ..normalization import STATS_JSON
+from ..tasks import get_task
 from .diagnosis import Diagnosis
 from .examination import Examination
 from .repair import repair
@@ -40,9 +39,7 @@ class Selection:
 
     @classmethod
     def of_task(cls, name: str, skip_mirrored_data: bool) -> "Selection":
-        if name not in TASK_CONFIGS:
-            raise UserError(f"--task_name: expected one of {', '.join(TASK_CONFIGS)}, found {name}")
-        task = TASK_CONFIGS[name]
+        task = get_task(name)
         dirs = as_folders(task["dataset_dir"])
         robot_dirs = folders_of_robots(task.get("stats_dir"), dirs)
         robot_of = robots_of(robot_dirs, dirs) if isinstance(task.get("stats_dir"), dict) else [""] * len(dirs)
@@ -177,7 +174,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_command(main)
