@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from training_item import RAW, SMALL, milliseconds, scene
 
+from data_utils.convert.lerobot_video import usual_priority
 from data_utils.video import VideoReader
 
 FRAMES, FPS, READS = 120, 50, 200
@@ -24,6 +25,8 @@ def encode(path: Path, size: tuple[int, int], frames_per_key: int):
         options = {"g": str(frames_per_key), "crf": "30", "preset": "8"}
         stream = container.add_stream("libsvtav1", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        with usual_priority():
+            stream.codec_context.open()
         for t in range(FRAMES):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(scene(0, t, size), format="rgb24")))
         container.mux(stream.encode())

@@ -54,7 +54,7 @@ class DiffusionPolicyHead(PreTrainedModel):
 
     def _at_step(self, actions: Tensor, noise: Tensor, step: int) -> Tensor:
         """Clean `actions` (B, T, A) with as much noise as there is at diffusion step `step`."""
-        signal = self.scheduler.alphas_cumprod[step].item()
+        signal = self.scheduler.alphas_cumprod[step]
         return signal**0.5 * actions + (1 - signal) ** 0.5 * noise
 
     def forward(self, actions: Tensor, hidden_states: Tensor, states: Tensor, is_pad: Tensor) -> dict[str, Tensor]:

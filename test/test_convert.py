@@ -1,6 +1,7 @@
 """`python -m data_utils.convert`: what goes in comes out, in another format, also after an interruption."""
 
 import json
+import os
 import re
 import shutil
 
@@ -21,6 +22,7 @@ from data_utils.convert import (
 )
 from data_utils.convert.__main__ import main
 from data_utils.convert.lerobot_stats import ImageStats, joined_stats, number_stats
+from data_utils.convert.lerobot_video import choose_encoder, write_video
 from data_utils.index import summarize
 
 from .helpers import GOLDEN, write_episode
@@ -118,6 +120,15 @@ def test_hdf5_to_lerobot_and_back(tmp_path, codec):
     )
     check_coloured(source, find_episodes(tmp_path / "jpeg"), ["cam_high"])
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="needs Linux")
+def test_encoding_leaves_priorities_as_they_are(tmp_path):
+    """SVT-AV1, run by root, makes real-time threads of its own and of its caller's."""
+    for name in choose_encoder("av1"), choose_encoder("h264"):
+        write_video(tmp_path / f"{name}.mp4", np.zeros((4, 48, 64, 3), np.uint8), 25, name, "here")
+        policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+        assert policies == {os.SCHED_OTHER}
 
 
 def test_lerobot_files_of_limited_size(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -66,7 +67,28 @@ def _add_stream(container, frame: np.ndarray, fps: int, encoder: str, place: str
     stream = container.add_stream(encoder, rate=fps, options=OPTIONS | NO_REORDERING.get(encoder, {}))
     stream.width, stream.height, stream.pix_fmt = width, height, PIXEL_FORMAT
     stream.time_base = Fraction(1, fps)
+    with usual_priority():
+        stream.codec_context.open()
     return stream
+
+
+@contextmanager
+def usual_priority():
+    """Whatever happens within leaves the threads of this process as urgent as the caller.
+
+    SVT-AV1, run by root as in a container, makes its threads and the caller real-time ones (SCHED_FIFO, 99): until the
+    process ends, everything else on the machine would get what they leave.
+    """
+    if not os.path.isdir("/proc/self/task"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setscheduler(int(thread), policy, parameters)
 
 
 def join_videos(paths: list[Path], lengths: list[int], fps: int, target: Path):

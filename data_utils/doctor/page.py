@@ -11,7 +11,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 1200px; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; } h3 { font-size: 1rem; }
 .soft { color: var(--soft); } .error { color: var(--error); } .warning { color: var(--warning); }
-.pass { color: var(--pass); }
+.pass { color: var(--pass); } td > span { white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0; }
 .figures div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1.2rem; }
 .figures b { display: block; font-size: 1.5rem; line-height: 1.2; }
