@@ -51,6 +51,8 @@ Done. Where everything is:
   $OUT/losses.png                         loss curves of both stages
   $OUT/predicted_vs_recorded.png          a held-out episode: predicted against recorded actions
 
+The NO-GO above is right: so few steps make no policy. bash scripts/closed_loop.sh trains one that succeeds, in half an hour.
+
 Next: put your own episodes into an entry of TASK_CONFIGS (aloha_scripts/constants.py), then train on a GPU with
   bash scripts/train_dexvla_stage2.sh MNOP=weights/Qwen2-VL-2B-Instruct DIT_PRETRAIN=weights/open_scale_dp_h_backbone.ckpt TASKNAME=your_task OUTPUT=outputs/your_task/stage2
 TXT
