@@ -224,6 +224,8 @@ def main(argv=None):
         )
     except RenderingError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the same command goes on with what is missing
 
 
 if __name__ == "__main__":

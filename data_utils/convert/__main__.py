@@ -15,7 +15,7 @@ again with other flags. `COMMAND --help` tells a command's flags.
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, run_command
 from . import compress_hdf5, convert_lerobot, convert_rlds, convert_to_lerobot, truncate_hdf5
 from .files import Report
 
@@ -201,4 +201,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
