@@ -120,11 +120,10 @@ class SimulatedAloha:
         # here, since robots of your own need no MuJoCo
         from dm_control.rl.control import PhysicsError
 
-        from aloha_scripts.scripted_policy import instruction
-
         try:
+            from aloha_scripts.scripted_policy import instruction
             from aloha_scripts.simulation import CAMERA_NAMES, GL_BACKEND, GL_MISSING, AlohaSimulation, full_name
-        except RuntimeError as error:  # its RenderingError
+        except RuntimeError as error:  # there is no such MUJOCO_GL, or nothing to render with
             raise PolicyError(str(error)) from None
 
         if GL_BACKEND == "off":

@@ -1,6 +1,7 @@
 """The robot's side: connecting, real-time chunking, the loop in the simulator, the load test."""
 
 import concurrent.futures
+import os
 import re
 import subprocess
 import sys
@@ -222,6 +223,12 @@ def test_command_drives_the_simulator(url, monkeypatch, capsys):
     ]:
         with pytest.raises(PolicyError, match=expected):
             command(*flags)
+
+
+def test_a_renderer_that_does_not_exist(url):
+    command = [sys.executable, "-m", "evaluate.client", "--url", url]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MUJOCO_GL": "sorcery"}, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*MUJOCO_GL.*sorcery.*\n", done.stderr), done.stderr
 
 
 def test_load(aloha_checkpoint):
