@@ -88,7 +88,8 @@ def usual_priority():
     finally:
         for thread in os.listdir("/proc/self/task"):
             with suppress(ProcessLookupError):  # it has ended meanwhile
-                os.sched_setscheduler(int(thread), policy, parameters)
+                if os.sched_getscheduler(int(thread)) != policy:  # else there is nothing that a sandbox could forbid
+                    os.sched_setscheduler(int(thread), policy, parameters)
 
 
 def join_videos(paths: list[Path], lengths: list[int], fps: int, target: Path):
